@@ -1,0 +1,59 @@
+"""Adapters in and out, in the form of the published ``.pth`` files."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .model.adapters import BRANCHES
+from .model.torch_model import MvfaModel
+
+
+def load_adapters(model: MvfaModel, path: str | Path) -> None:
+    """Load adapters of a published ``.pth`` file: ``seg_adapters`` and ``det_adapters`` state dicts.
+
+    Args:
+        model: Receives them.
+        path: The file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not of this form, or does not fit the model; the model is unchanged.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        msg = f"adapters={str(path)!r}: there is no such file. Give the path of a published .pth file."
+        raise FileNotFoundError(msg)
+    try:
+        saved: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        msg = f"adapters={str(path)!r} cannot be read as a .pth file; it may be cut short."
+        raise ValueError(msg) from error
+    keys = [f"{branch}_adapters" for branch in BRANCHES]
+    if not isinstance(saved, dict) or not all(key in saved for key in keys):
+        found = sorted(saved) if isinstance(saved, dict) else type(saved).__name__
+        msg = f"adapters={str(path)!r} must hold {' and '.join(keys)}, found {found}."
+        raise ValueError(msg)
+    for key in keys:
+        expected = {name: tuple(weight.shape) for name, weight in getattr(model, key).state_dict().items()}
+        shapes = {name: tuple(weight.shape) for name, weight in saved[key].items()}
+        wrong = sorted(name for name in {*expected, *shapes} if expected.get(name) != shapes.get(name))
+        if wrong:
+            name = wrong[0]
+            msg = (
+                f"adapters={str(path)!r} do not fit the model: {key}.{name} is {shapes.get(name, 'missing')} in the "
+                f"file and {expected.get(name, 'missing')} in the model. Check backbone, levels and adaptation."
+            )
+            raise ValueError(msg)
+    for key in keys:
+        getattr(model, key).load_state_dict(saved[key])
+
+
+def save_adapters(model: MvfaModel, path: str | Path) -> None:
+    """Save a model's adapters in the published form; a file that was there stays whole until the new one is."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    torch.save({f"{branch}_adapters": getattr(model, f"{branch}_adapters").state_dict() for branch in BRANCHES}, partial)
+    os.replace(partial, path)

@@ -1,0 +1,119 @@
+"""What the model asks of data. The model knows no data set by name; it asks a datamodule for what is here.
+
+A datamodule may offer ``protocol`` (a :class:`Protocol`), ``class_name`` (the noun for prompts) and ``support`` (a
+dataset of views of the support images, an image's unchanged view first, or None); a batch may carry ``class_name``.
+Any other anomalib datamodule works too: what it does not offer is derived from its datasets.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from anomalib import TaskType
+from anomalib.data import AnomalibDataModule, ImageBatch, ImageItem
+from anomalib.data.utils import LabelName
+from torch.utils.data import Dataset
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CLASS_NAME = "object"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a way of dealing out data implies for the model, where the user leaves it open.
+
+    Args:
+        name: For the log and the results.
+        few_shot_weight: Weight of the few-shot branch; 0 means that there is no bank.
+        learning_rate: Of Adam.
+        image_score: How an image is scored; by None, "map_max" where there are masks and "det_mean" elsewhere.
+    """
+
+    name: str
+    few_shot_weight: float
+    learning_rate: float
+    image_score: str | None = None
+
+
+FEW_SHOT = Protocol("few_shot", few_shot_weight=0.5, learning_rate=1e-3)
+LEAVE_ONE_OUT = Protocol("leave_one_out", few_shot_weight=0.0, learning_rate=1e-4, image_score="det_mean")
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the model needs to know of the data at hand.
+
+    Args:
+        protocol: The datamodule's protocol, few-shot by default.
+        class_name: The noun of what is tested.
+        has_masks: Whether tested images come with masks.
+        normal_only: Whether the training images hold no abnormal one, so that there is nothing to learn from.
+    """
+
+    protocol: Protocol = FEW_SHOT
+    class_name: str = DEFAULT_CLASS_NAME
+    has_masks: bool = True
+    normal_only: bool = False
+
+
+def describe(datamodule: AnomalibDataModule | None, train_data: Any = None, test_data: Any = None) -> DataFacts:  # noqa: ANN401
+    """Describe a datamodule, or datasets that came without one."""
+    train_data = getattr(datamodule, "train_data", train_data)
+    test_data = getattr(datamodule, "test_data", test_data)
+    category = getattr(datamodule, "category", None) or getattr(test_data, "category", None)
+    class_name = getattr(datamodule, "class_name", None) or (category or "").replace("_", " ") or DEFAULT_CLASS_NAME
+    tasks = [task for task in (_task(test_data), _task(train_data)) if task is not None]
+    return DataFacts(
+        protocol=getattr(datamodule, "protocol", FEW_SHOT),
+        class_name=class_name,
+        has_masks=not tasks or tasks[0] == TaskType.SEGMENTATION,
+        normal_only=train_data is not None and not has_label(train_data, LabelName.ABNORMAL),
+    )
+
+
+def support_of(
+    datamodule: AnomalibDataModule | None,
+    train_data: Any,  # noqa: ANN401  # any dataset of anomalib items
+    bank_images: int,
+    seed: int,
+) -> Dataset | None:
+    """Return the dataset of support views: the datamodule's own, or views of some normal training images.
+
+    Args:
+        datamodule: Where the data come from, if there is one.
+        train_data: Training dataset of a run without datamodule.
+        bank_images: How many normal images to draw where the datamodule has no support of its own.
+        seed: Of that draw.
+    """
+    from .data.dataset import SampleDataset, SupportViews
+    from .data.support import draw
+
+    if hasattr(datamodule, "support"):
+        return datamodule.support
+    train_data = getattr(datamodule, "train_data", train_data)
+    if train_data is None or not hasattr(train_data, "samples"):
+        return None
+    samples = train_data.samples
+    normal = samples[samples.label_index == LabelName.NORMAL]
+    if not len(normal):
+        return None
+    chosen = draw(normal, min(bank_images, len(normal)), seed)
+    logger.info("Memory bank: %d of %d normal training images, drawn with seed %d.", len(chosen), len(normal), seed)
+    return SupportViews(SampleDataset.of(train_data, chosen))
+
+
+def class_name_of(batch: ImageBatch | ImageItem) -> str | None:
+    """Return the noun that a batch carries, if any."""
+    return getattr(batch, "class_name", None)
+
+
+def has_label(dataset: Any, label: LabelName) -> bool:  # noqa: ANN401  # any dataset of anomalib items
+    """Whether a dataset holds images of a label; taken for granted where it keeps no samples."""
+    samples = getattr(dataset, "samples", None)
+    return samples is None or "label_index" not in samples or bool((samples.label_index == label).any())
+
+
+def _task(dataset: Any) -> TaskType | None:  # noqa: ANN401  # any dataset of anomalib items
+    samples = getattr(dataset, "samples", None)
+    return TaskType(samples.attrs["task"]) if samples is not None and "task" in samples.attrs else None

@@ -1,0 +1,7 @@
+"""Datamodules: few-shot and leave-one-out protocols, over BMAD and over any anomalib datamodule."""
+
+from .bmad import BMADFewShot, BMADLeaveOneOut, BMADOneClass
+from .phantom import Phantom
+from .protocols import FewShot, LeaveOneOut
+
+__all__ = ["BMADFewShot", "BMADLeaveOneOut", "BMADOneClass", "FewShot", "LeaveOneOut", "Phantom"]

@@ -1,0 +1,319 @@
+"""BMAD (Bao et al., 2023): six medical data sets, in anomalib's and in the published folder layout."""
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from anomalib.data import BMAD
+from anomalib.data.utils import LabelName
+from pandas import DataFrame
+from torchvision.transforms.v2 import Transform
+
+from .dataset import SampleDataset
+from .protocols import FewShot, LeaveOneOut
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
+MASK_FOLDERS = ("label", "anomaly_mask")
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Category:
+    """A data set of BMAD: its noun for prompts, whether it has masks, and the modality that it shares with others."""
+
+    class_name: str
+    has_masks: bool
+    modality: str
+
+
+CATEGORIES = {
+    "Brain": Category("Brain", has_masks=True, modality="MRI"),
+    "Liver": Category("Liver", has_masks=True, modality="CT"),
+    "Retina_RESC": Category("retinal OCT", has_masks=True, modality="OCT"),
+    "Retina_OCT2017": Category("retinal OCT", has_masks=False, modality="OCT"),
+    "Chest": Category("Chest X-ray film", has_masks=False, modality="X-ray"),
+    "Histopathology": Category("histopathological image", has_masks=False, modality="histology"),
+}
+
+
+def category_folder(root: str | Path, category: str) -> Path:
+    """Return the folder of a category, ``root/Brain`` or ``root/Brain_AD``.
+
+    Raises:
+        ValueError: There is no such category in BMAD.
+        FileNotFoundError: It is not under the root.
+    """
+    if category not in CATEGORIES:
+        msg = f"category={category!r} is unknown; choose one of: {', '.join(CATEGORIES)}."
+        raise ValueError(msg)
+    root = Path(root)
+    for folder in (root / category, root / f"{category}_AD"):
+        if folder.is_dir():
+            return folder
+    there = [known for known in CATEGORIES if any((root / name).is_dir() for name in (known, f"{known}_AD"))]
+    msg = (
+        f"root={str(root)!r} holds neither {category} nor {category}_AD. Categories found there: "
+        f"{', '.join(there) or 'none'}. Give the folder that contains the category's folder."
+    )
+    raise FileNotFoundError(msg)
+
+
+def find_samples(root: str | Path, category: str, split: str) -> DataFrame:
+    """Return anomalib's samples table of a split: ``train``, ``valid`` or ``test``.
+
+    Reads ``<split>/good`` and ``<split>/Ungood``, with or without a folder ``img`` inside, and masks in a folder
+    ``label`` or ``anomaly_mask`` beside, under the image's name up to the suffix.
+
+    Raises:
+        FileNotFoundError: The category is not there, or the split has no image.
+        ValueError: A mask is missing, or belongs to no image.
+    """
+    folder = category_folder(root, category) / split
+    rows = []
+    for kind, label in (("good", LabelName.NORMAL), ("Ungood", LabelName.ABNORMAL)):
+        images = _images(folder / kind / "img") or _images(folder / kind)
+        masks: dict[str, Path] = {}
+        if CATEGORIES[category].has_masks and label == LabelName.ABNORMAL and images:
+            masks = _match_masks(folder / kind, images)
+        rows += [
+            {
+                "image_path": str(image),
+                "label": kind,
+                "label_index": int(label),
+                "mask_path": str(masks.get(image.stem, "")),
+                "split": split,
+            }
+            for image in images
+        ]
+    if not rows:
+        msg = f"{folder} has no images in good/ or Ungood/ ({', '.join(sorted(IMAGE_SUFFIXES))}, any case)."
+        raise FileNotFoundError(msg)
+    samples = pd.DataFrame(rows)
+    samples.attrs["task"] = "segmentation" if CATEGORIES[category].has_masks else "classification"
+    return samples
+
+
+def _images(folder: Path) -> list[Path]:
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _match_masks(folder: Path, images: list[Path]) -> dict[str, Path]:
+    found = [mask for name in MASK_FOLDERS for parent in (folder, folder / "img") for mask in _images(parent / name)]
+    masks = {mask.stem: mask for mask in found}
+    stems = {image.stem for image in images}
+    missing, spare = sorted(stems - set(masks)), sorted(set(masks) - stems)
+    if missing or spare:
+        msg = (
+            f"Masks of {folder} do not match its images: {len(missing)} images have no mask {missing[:5]}, "
+            f"{len(spare)} masks have no image {spare[:5]}. A mask lies in {' or '.join(MASK_FOLDERS)} under its image's name."
+        )
+        raise ValueError(msg)
+    return masks
+
+
+class BMADDataset(SampleDataset):
+    """Images of one split of a BMAD category.
+
+    Args:
+        root: Folder that contains the category's folder.
+        category: Name of a category.
+        split: "train", "valid" or "test".
+        augmentations: Anomalib's augmentations.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        category: str,
+        split: str,
+        augmentations: Transform | None = None,
+    ) -> None:
+        samples = find_samples(root, category, split)
+        super().__init__(samples, CATEGORIES[category].class_name, augmentations)
+        self.category = category
+
+
+class BMADOneClass(BMAD):
+    """BMAD's own protocol: all normal training images, for methods that learn from them alone.
+
+    Takes the arguments of anomalib's ``BMAD``; reads both folder layouts and all categories, those without masks too.
+
+    Attributes:
+        class_name: Noun of the category.
+
+    Raises:
+        ValueError: There is no such category in BMAD.
+        FileNotFoundError: The root exists but does not hold the category.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003  # anomalib's
+        super().__init__(*args, **kwargs)
+        if self.category not in CATEGORIES:
+            category_folder(self.root, self.category)
+
+    @property
+    def name(self) -> str:
+        """Name of the data set, under which results are filed."""
+        return "BMAD"
+
+    @property
+    def class_name(self) -> str:
+        """Noun of the category, for prompts."""
+        return CATEGORIES[self.category].class_name
+
+    def prepare_data(self) -> None:
+        """Download BMAD if the root does not exist.
+
+        Raises:
+            FileNotFoundError: The root exists but does not hold the category.
+            RuntimeError: The download failed.
+        """
+        if self.root.is_dir() and any(path.is_dir() for path in self.root.iterdir()):
+            category_folder(self.root, self.category)
+            return
+        # Downloaded beside and then renamed, so that a run cut short leaves no half of a data set.
+        root, self.root = self.root, self.root.with_name(f".{self.root.name}.partial")
+        try:
+            shutil.rmtree(self.root, ignore_errors=True)
+            super().prepare_data()
+            if root.is_dir():
+                root.rmdir()
+            os.replace(self.root, root)
+        except Exception as error:  # whatever the transport raises
+            msg = (
+                f"root={str(root)!r} does not exist, and BMAD could not be downloaded ({error}). Run once with a "
+                "network, or give the folder that contains the category's folder."
+            )
+            raise RuntimeError(msg) from error
+        finally:
+            shutil.rmtree(self.root, ignore_errors=True)
+            self.root = root
+
+    def _setup(self, _stage: str | None = None) -> None:
+        self.train_data, self.val_data, self.test_data = (
+            BMADDataset(self.root, self.category, split) for split in SPLITS
+        )
+
+
+class BMADFewShot(FewShot):
+    """K normal and K abnormal images of a BMAD category's ``valid`` folder, in 11 views (paper, Table 1).
+
+    Args:
+        root: Folder that contains the category's folder; BMAD is downloaded there if it does not exist.
+        category: "Brain", "Liver", "Retina_RESC", "Retina_OCT2017", "Chest" or "Histopathology".
+        k_shot: K, see :class:`~anomalib_mvfa.data.protocols.FewShot`, as for all that follow.
+        abnormal_shots: Abnormal images, K by default.
+        support_list: Published list of support images, or folder of such lists.
+        group_by: Regular expression that names a patient, say.
+        train_batch_size: Views in a training batch.
+        eval_batch_size: Images in a validation or test batch.
+        num_workers: Processes that load validation and test images.
+        train_augmentations: Applied to support images before the views are taken.
+        val_augmentations: Applied to validation images.
+        test_augmentations: Applied to test images.
+        augmentations: Applied where none of the three above is given.
+        seed: Of the draw, and of the order of training.
+    """
+
+    def __init__(
+        self,
+        root: Path | str = "./datasets/BMAD",
+        category: str = "Brain",
+        k_shot: int = 4,
+        abnormal_shots: int | None = None,
+        support_list: Path | str | None = None,
+        group_by: str | None = None,
+        train_batch_size: int = 1,
+        eval_batch_size: int = 32,
+        num_workers: int = 8,
+        train_augmentations: Transform | None = None,
+        val_augmentations: Transform | None = None,
+        test_augmentations: Transform | None = None,
+        augmentations: Transform | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            BMADOneClass(root, category),
+            k_shot,
+            abnormal_shots,
+            support_list,
+            group_by,
+            train_batch_size,
+            eval_batch_size,
+            num_workers,
+            train_augmentations,
+            val_augmentations,
+            test_augmentations,
+            augmentations,
+            seed,
+        )
+
+
+class BMADLeaveOneOut(LeaveOneOut):
+    """Learn from the labelled test images of the other BMAD categories, and test on one (paper, Table 2).
+
+    Args:
+        root: Folder that contains the categories' folders; BMAD is downloaded there if it does not exist.
+        category: The category that is held out.
+        train_categories: Categories to learn from; all others by default.
+        exclude_modality: Leave categories of the same modality out as well. The published numbers do not: either
+            retinal OCT set is tested by a model that has learnt from the other.
+        train_batch_size: Images in a training batch, see :class:`~anomalib_mvfa.data.protocols.LeaveOneOut`, as for all
+            that follow.
+        eval_batch_size: Images in a validation or test batch.
+        num_workers: Processes that load images.
+        train_augmentations: Applied to training images.
+        val_augmentations: Applied to validation images.
+        test_augmentations: Applied to test images.
+        augmentations: Applied where none of the three above is given.
+        seed: Of the order of training.
+
+    Raises:
+        ValueError: A category is unknown, or is held out and learnt from at once, or none is left to learn from.
+    """
+
+    def __init__(
+        self,
+        root: Path | str = "./datasets/BMAD",
+        category: str = "Brain",
+        train_categories: Sequence[str] | None = None,
+        exclude_modality: bool = False,
+        train_batch_size: int = 16,
+        eval_batch_size: int = 32,
+        num_workers: int = 8,
+        train_augmentations: Transform | None = None,
+        val_augmentations: Transform | None = None,
+        test_augmentations: Transform | None = None,
+        augmentations: Transform | None = None,
+        seed: int = 0,
+    ) -> None:
+        chosen = list(train_categories) if train_categories is not None else [c for c in CATEGORIES if c != category]
+        unknown = [name for name in (category, *chosen) if name not in CATEGORIES]
+        if unknown:
+            msg = f"Unknown categories {unknown}; choose from: {', '.join(CATEGORIES)}."
+            raise ValueError(msg)
+        if exclude_modality:
+            modality = CATEGORIES[category].modality
+            chosen = [name for name in chosen if CATEGORIES[name].modality != modality]
+        if category in chosen or not chosen:
+            msg = f"train_categories={chosen} must name at least one category, and not category={category!r} itself."
+            raise ValueError(msg)
+        super().__init__(
+            [BMADOneClass(root, name) for name in (category, *chosen)],
+            category,
+            train_batch_size,
+            eval_batch_size,
+            num_workers,
+            train_augmentations,
+            val_augmentations,
+            test_augmentations,
+            augmentations,
+            seed,
+        )

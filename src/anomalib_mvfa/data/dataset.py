@@ -1,0 +1,253 @@
+"""Reads images and masks the way the published code does: 8-bit RGB, squashed by Pillow, then scaled to [0, 1].
+
+Axes: H height, W width.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from anomalib import TaskType
+from anomalib.data import AnomalibDataset, ImageBatch, ImageItem
+from anomalib.data.utils import LabelName
+from pandas import DataFrame, Series
+from PIL import Image
+from torchvision.transforms.v2 import Resize, Transform
+from torchvision.transforms.v2.functional import to_dtype, to_image
+from torchvision.tv_tensors import Mask
+
+from .augmentation import VIEWS, view
+
+EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
+MASK_THRESHOLD = 127
+"""Of 8-bit mask values; above is abnormal."""
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read an image file as 8-bit RGB.
+
+    Raises:
+        ValueError: The file is no readable image, or has more than 8 bits a channel.
+    """
+    image = _open(path)
+    if image.mode not in EIGHT_BIT_MODES:
+        msg = (
+            f"{path} has pixels of more than 8 bits (mode {image.mode}), and only its origin tells which intensity "
+            "window to show. Convert it to 8 bits with that window."
+        )
+        raise ValueError(msg)
+    return image.convert("RGB")
+
+
+def read_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
+    """Read a mask file as 8-bit grey.
+
+    Args:
+        path: The file.
+        size: Width and height of the image that the mask belongs to.
+
+    Raises:
+        ValueError: The file is no readable image, or of another size.
+    """
+    mask = _open(path).convert("L")
+    if mask.size != size:
+        msg = f"Mask {path} is {mask.width}x{mask.height} pixels, its image {size[0]}x{size[1]}. They must agree."
+        raise ValueError(msg)
+    return mask
+
+
+def _open(path: str | Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError ... on broken files
+        msg = f"{path} cannot be read as an image ({error}). Restore the file or take it out of the data set."
+        raise ValueError(msg) from error
+    return image
+
+
+class SampleDataset(AnomalibDataset):
+    """Images of a samples table, with the noun that prompts call them by.
+
+    Args:
+        samples: Anomalib's table: ``image_path``, ``mask_path``, ``label_index``, ``split``, and the task in ``attrs``.
+        class_name: The noun, carried by every item and batch.
+        augmentations: Anomalib's augmentations. A mere resize is done by Pillow on the 8-bit image, as in the
+            published code.
+        reader: Reads item i in place of this class, for datasets with a form of their own.
+    """
+
+    def __init__(
+        self,
+        samples: DataFrame,
+        class_name: str | None = None,
+        augmentations: Transform | None = None,
+        reader: AnomalibDataset | None = None,
+    ) -> None:
+        super().__init__(augmentations)
+        self.samples = samples
+        self.class_name = class_name
+        self._reader = reader
+
+    @classmethod
+    def of(cls, dataset: AnomalibDataset, samples: DataFrame, class_name: str | None = None) -> "SampleDataset":
+        """Return some samples of another dataset, read by that dataset if it has a way of its own."""
+        samples = samples.reset_index(drop=True)
+        samples.attrs = dict(dataset.samples.attrs)
+        class_name = class_name or getattr(dataset, "class_name", None)
+        inner = getattr(dataset, "_reader", None) or dataset
+        if isinstance(inner, SampleDataset) or type(inner).__getitem__ is AnomalibDataset.__getitem__:
+            return cls(samples, class_name, dataset.augmentations)
+        reader = inner.subsample([0])
+        reader.samples = samples
+        return cls(samples, class_name, dataset.augmentations, reader)
+
+    def __getitem__(self, index: int) -> ImageItem:
+        """Return an item with image ``(3, H, W)`` in [0, 1], mask ``(H, W)`` where the data set has masks, and label."""
+        if self._reader is not None:
+            self._reader.augmentations = self.augmentations
+            item = self._reader[index]
+        else:
+            item = self._read(self.samples.iloc[index])
+        item.class_name = self.class_name
+        return item
+
+    @property
+    def collate_fn(self) -> Callable[[list[ImageItem]], ImageBatch]:
+        """Collate items, all of one noun, into a batch that carries it."""
+        return collate
+
+    def _read(self, row: Series) -> ImageItem:
+        image = read_image(row.image_path)
+        mask = None
+        if self.task == TaskType.SEGMENTATION and row.label_index != LabelName.UNKNOWN:
+            abnormal = row.label_index == LabelName.ABNORMAL
+            mask = read_mask(row.mask_path, image.size) if abnormal else Image.new("L", image.size)
+        if isinstance(self.augmentations, Resize):
+            image = self.augmentations(image)
+            mask = mask.resize(image.size, Image.Resampling.NEAREST) if mask else None
+        tensor = to_dtype(to_image(image), torch.float32, scale=True)
+        gt_mask = Mask(torch.from_numpy(np.asarray(mask) > MASK_THRESHOLD).to(torch.uint8)) if mask else None
+        if self.augmentations is not None and not isinstance(self.augmentations, Resize):
+            augmented = self.augmentations(tensor, gt_mask) if gt_mask is not None else self.augmentations(tensor)
+            tensor, gt_mask = augmented if gt_mask is not None else (augmented, None)
+        return ImageItem(
+            image=tensor,
+            gt_mask=gt_mask,
+            gt_label=None if row.label_index == LabelName.UNKNOWN else torch.tensor(int(row.label_index)),
+            image_path=str(row.image_path),
+            mask_path=row.mask_path or None,
+        )
+
+
+class SupportViews(SampleDataset):
+    """All views of the support images, view by view: first every image itself, then every image turned, and so on."""
+
+    def __init__(self, support: SampleDataset) -> None:
+        super().__init__(support.samples, support.class_name, support.augmentations, support._reader)
+        self._read_items: dict[int, ImageItem] = {}
+
+    @property
+    def augmentations(self) -> Transform | None:
+        """Anomalib's augmentations, applied before the view is taken."""
+        return self._augmentations
+
+    @augmentations.setter
+    def augmentations(self, augmentations: Transform | None) -> None:
+        self._augmentations = augmentations
+        self._read_items = {}
+
+    def __len__(self) -> int:
+        """Return how many views there are."""
+        return VIEWS * len(self.samples)
+
+    def __getitem__(self, index: int) -> ImageItem:
+        """Return an item whose image ``(3, H, W)`` and mask ``(H, W)`` are views."""
+        which, row = divmod(index, len(self.samples))
+        item = self._read_items.get(row) or super().__getitem__(row)
+        if self.augmentations is None or isinstance(self.augmentations, Resize):
+            self._read_items[row] = item  # the same in every epoch
+        seen = ImageItem(
+            image=view(item.image, which),
+            gt_mask=None,
+            gt_label=item.gt_label,
+            image_path=item.image_path,
+            mask_path=item.mask_path,
+        )
+        if item.gt_mask is not None:
+            seen.gt_mask = Mask(view(item.gt_mask[None].float(), which)[0] > 0.5).to(torch.uint8)
+        seen.class_name = item.class_name
+        return seen
+
+
+class ConcatDataset(AnomalibDataset):
+    """Several datasets, of which a batch sampler takes one batch at a time from one of them.
+
+    Args:
+        parts: The datasets.
+    """
+
+    def __init__(self, parts: list[SampleDataset]) -> None:
+        self.parts = parts
+        super().__init__()
+
+    @property
+    def augmentations(self) -> Transform | None:
+        """Anomalib's augmentations, the same for every part."""
+        return self.parts[0].augmentations
+
+    @augmentations.setter
+    def augmentations(self, augmentations: Transform | None) -> None:
+        for part in self.parts:
+            part.augmentations = augmentations
+
+    @property
+    def samples(self) -> DataFrame:
+        """All samples, part by part."""
+        import pandas as pd
+
+        samples = pd.concat([part.samples for part in self.parts], ignore_index=True)
+        samples.attrs = {"task": "segmentation" if any(p.task == "segmentation" for p in self.parts) else "classification"}
+        return samples
+
+    @samples.setter
+    def samples(self, samples: DataFrame) -> None:
+        msg = "A concatenation has the samples of its parts."
+        raise AttributeError(msg)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401  # an item, or the items of a list of indices
+        """Return the item of an index, or the items of a list of indices."""
+        if isinstance(index, list):
+            return [self[i] for i in index]
+        for part in self.parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        msg = f"Index is {index} beyond the last image."
+        raise IndexError(msg)
+
+    @property
+    def collate_fn(self) -> Callable[[list[ImageItem]], ImageBatch]:
+        """Collate items, all of one noun, into a batch that carries it."""
+        return collate
+
+
+def collate(items: list[ImageItem]) -> ImageBatch:
+    """Collate items of one data set into a batch that carries its noun.
+
+    Raises:
+        ValueError: The items come from data sets with different nouns.
+    """
+    nouns = {item.class_name for item in items}
+    if len(nouns) > 1:
+        msg = f"A batch mixes data sets called {sorted(map(str, nouns))}; it must come from one."
+        raise ValueError(msg)
+    batch = ImageBatch.collate(items)
+    batch.class_name = nouns.pop()
+    return batch

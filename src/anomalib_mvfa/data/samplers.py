@@ -1,0 +1,80 @@
+"""Orders of images that are functions of (seed, epoch), the same whatever the number of processes.
+
+Both samplers are distributed samplers, so that Lightning leaves them in place.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch.distributed as dist
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from .dataset import ConcatDataset, collate
+
+
+def _ranks() -> tuple[int, int]:
+    """Number of processes, and which of them this is."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size(), dist.get_rank()
+    return 1, 0
+
+
+class OneDatasetBatches(DistributedSampler):
+    """Yields lists of indices: every batch from one part of a concatenation, in all processes from the same part.
+
+    Args:
+        dataset: The concatenation.
+        batch_size: Of one process.
+        seed: With the epoch it determines the order; None keeps the order of the files, and repeats no image.
+    """
+
+    def __init__(self, dataset: ConcatDataset, batch_size: int, seed: int | None) -> None:
+        world, rank = _ranks()
+        super().__init__(dataset, num_replicas=world, rank=rank)
+        self.batch_size = batch_size
+        self.order_seed = seed
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield this process's share of every batch."""
+        rng = None if self.order_seed is None else np.random.default_rng([self.order_seed, self.epoch])
+        batches = []
+        start = 0
+        step = self.batch_size * self.num_replicas
+        for part in self.dataset.parts:
+            order = np.arange(start, start + len(part))
+            start += len(part)
+            if rng is not None:
+                order = rng.permutation(order)
+            for first in range(0, len(order), step):
+                batch = order[first : first + step]
+                if rng is not None:  # every process must take part in every training step
+                    batch = np.resize(batch, -(-len(batch) // self.num_replicas) * self.num_replicas)
+                batches.append(batch[self.rank :: self.num_replicas].tolist())
+        if rng is not None:
+            batches = [batches[i] for i in rng.permutation(len(batches))]
+        return iter([batch for batch in batches if batch])
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return sum(1 for _ in self.__iter__())
+
+
+def train_loader(dataset: Dataset, batch_size: int, seed: int, num_workers: int) -> DataLoader:
+    """Return a loader that is reshuffled every epoch, as a function of (seed, epoch)."""
+    if isinstance(dataset, ConcatDataset):
+        sampler = OneDatasetBatches(dataset, batch_size, seed)
+        return DataLoader(dataset, batch_size=None, sampler=sampler, collate_fn=collate, num_workers=num_workers)
+    world, rank = _ranks()
+    shuffled = DistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed)
+    return DataLoader(dataset, batch_size, sampler=shuffled, collate_fn=dataset.collate_fn, num_workers=num_workers)
+
+
+def eval_loader(dataset: Dataset, batch_size: int, num_workers: int) -> DataLoader:
+    """Return a loader that shows every image once, over all processes."""
+    if isinstance(dataset, ConcatDataset):
+        batches = OneDatasetBatches(dataset, batch_size, seed=None)
+        return DataLoader(dataset, batch_size=None, sampler=batches, collate_fn=collate, num_workers=num_workers)
+    world, rank = _ranks()
+    once = UnrepeatedDistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=False)
+    return DataLoader(dataset, batch_size, sampler=once, collate_fn=dataset.collate_fn, num_workers=num_workers)

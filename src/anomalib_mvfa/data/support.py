@@ -1,0 +1,108 @@
+"""Which images are the support: drawn from a seed, or named in a list of the published form."""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from anomalib.data.utils import LabelName
+from pandas import DataFrame
+
+KINDS = {LabelName.NORMAL: ("normal", "n"), LabelName.ABNORMAL: ("abnormal", "a")}
+
+
+def draw(samples: DataFrame, count: int, seed: int) -> DataFrame:
+    """Return ``count`` of the samples, drawn without replacement; the draw depends on the seed and the file paths."""
+    ordered = samples.sort_values("image_path", ignore_index=True)
+    chosen = np.random.default_rng(seed).permutation(len(ordered))[:count]
+    return ordered.iloc[np.sort(chosen)].reset_index(drop=True)
+
+
+def read_support_list(path: str | Path, category: str, k_shot: int) -> dict[LabelName, list[str]]:
+    """Read the names of support images.
+
+    The published form has one line a kind: ``n-0: a.png b.png`` and ``a-0: c.png d.png``.
+
+    Args:
+        path: The list, or a folder that holds ``<category>/<K>-shot.txt``.
+        category: Of the data set.
+        k_shot: K.
+
+    Returns:
+        File names, normal and abnormal.
+
+    Raises:
+        FileNotFoundError: There is no such list.
+        ValueError: It is not of this form.
+    """
+    path = Path(path).expanduser()
+    file = path / category / f"{k_shot}-shot.txt" if path.is_dir() else path
+    if not file.is_file():
+        there = sorted(str(found.relative_to(path)) for found in path.glob("*/*-shot.txt")) if path.is_dir() else []
+        msg = f"support_list={str(path)!r}: {file} does not exist. Lists found there: {there or 'none'}."
+        raise FileNotFoundError(msg)
+    lines = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)
+    names = {}
+    for kind, (word, letter) in KINDS.items():
+        if f"{letter}-0" not in lines:
+            msg = f"{file} has no line '{letter}-0: <file names>' of {word} support images."
+            raise ValueError(msg)
+        names[kind] = lines[f"{letter}-0"].split()
+    return names
+
+
+def pick(pool: DataFrame, names: list[str], count: int, where: str) -> DataFrame:
+    """Return the samples with these file names, in this order.
+
+    Args:
+        pool: Samples to pick from, of one kind.
+        names: File names.
+        count: How many there should be.
+        where: What names them, for errors.
+
+    Raises:
+        ValueError: A name is not in the pool, or their number is another.
+    """
+    by_name = {Path(path).name: row for row, path in enumerate(pool.image_path)}
+    missing = [name for name in names if name not in by_name]
+    if missing:
+        msg = f"{where} names {missing}, which {'is' if len(missing) == 1 else 'are'} not among the {len(pool)} images to pick from."
+        raise ValueError(msg)
+    if len(set(names)) != count:
+        msg = f"{where} names {len(set(names))} different images where {count} are asked for. Change k_shot or the list."
+        raise ValueError(msg)
+    return pool.iloc[[by_name[name] for name in names]].reset_index(drop=True)
+
+
+def group_of(path: str, pattern: str | None) -> str:
+    """Return the group (a patient, say) of an image: what the pattern's first group, or else the pattern, matches.
+
+    Raises:
+        ValueError: The pattern matches nowhere in the path.
+    """
+    posix = Path(path).as_posix()
+    if pattern is None:
+        return posix
+    match = re.search(pattern, posix)
+    if match is None:
+        msg = f"group_by={pattern!r} matches nothing in {posix}. It must match the path of every image."
+        raise ValueError(msg)
+    return match.group(1) if match.re.groups else match.group(0)
+
+
+def same_content(support: Iterable[str], others: Iterable[str]) -> list[tuple[str, str]]:
+    """Return pairs of a support file and another file with the same bytes."""
+    by_size: dict[int, dict[str, str]] = {}
+    for path in support:
+        by_size.setdefault(Path(path).stat().st_size, {})[_digest(path)] = path
+    pairs = []
+    for path in others:
+        twins = by_size.get(Path(path).stat().st_size)  # only files of the same size need be read
+        if twins and (digest := _digest(path)) in twins:
+            pairs.append((twins[digest], path))
+    return pairs
+
+
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

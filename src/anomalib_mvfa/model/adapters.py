@@ -1,0 +1,97 @@
+"""What is trained: residual adapters at some levels of the frozen image tower (paper, section 3.2).
+
+Axes: B images, L tokens (class token first), D width of the tower, E joint width, l level.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+BRANCHES = ("seg", "det")
+"""Pixel-level and image-level branch."""
+
+
+class Adapter(nn.Module):
+    """Bottleneck of two linear layers; the first one's output is the feature, the second's goes into the stream.
+
+    The parameter names (``fc1.0.weight``, ``fc2.0.weight``) are those of the published adapters.
+
+    Args:
+        width: D.
+        joint_width: E.
+    """
+
+    def __init__(self, width: int, joint_width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Sequential(nn.Linear(width, joint_width, bias=False), nn.LeakyReLU())
+        self.fc2 = nn.Sequential(nn.Linear(joint_width, width, bias=False), nn.LeakyReLU())
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the feature ``(B, L, E)`` and the contribution to the stream ``(B, L, D)``."""
+        feature = self.fc1(x)
+        return feature, self.fc2(feature)
+
+
+class Projector(nn.Module):
+    """A linear layer that reads the stream and leaves it alone (paper, Table 4).
+
+    Args:
+        width: D.
+        joint_width: E.
+    """
+
+    def __init__(self, width: int, joint_width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Sequential(nn.Linear(width, joint_width, bias=False))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Return the feature ``(B, L, E)`` and no contribution."""
+        return self.fc1(x), None
+
+
+class BranchAdapters(nn.ModuleList):
+    """One adapter (or projector) per level, of one branch.
+
+    Args:
+        levels: How many levels.
+        width: D.
+        joint_width: E.
+        adaptation: "adapter" or "projector".
+    """
+
+    def __init__(self, levels: int, width: int, joint_width: int, adaptation: str = "adapter") -> None:
+        kind = Projector if adaptation == "projector" else Adapter
+        super().__init__([kind(width, joint_width) for _ in range(levels)])
+
+    def train_only(self, trained: Sequence[int]) -> None:
+        """Let gradients reach only the adapters at these positions, and only weights that their losses depend on.
+
+        A second layer acts on later levels alone, so one after the last trained level never gets a gradient (the
+        published fourth one neither); frozen, it does not stall distributed training.
+        """
+        for position, adapter in enumerate(self):
+            adapter.requires_grad_(position in trained)
+            if isinstance(adapter, Adapter) and position >= max(trained):
+                adapter.fc2.requires_grad_(False)
+
+
+def add_to_stream(
+    x: torch.Tensor,
+    seg: torch.Tensor,
+    det: torch.Tensor,
+    ratio: float,
+    residual: str = "pair",
+) -> torch.Tensor:
+    """Blend both branches into the stream ``(B, L, D)``, class token included.
+
+    Args:
+        x: The stream.
+        seg: Contribution of the seg adapter.
+        det: Contribution of the det adapter.
+        ratio: g, the weight of adapters.
+        residual: "pair", ``(1 - 2g) x + g seg + g det`` (published), or "single", ``(1 - g) x + g/2 (seg + det)``
+            (paper, Eq. 2 in total weight).
+    """
+    share = ratio if residual == "pair" else ratio / 2
+    return (1 - 2 * share) * x + share * seg + share * det

@@ -1,0 +1,278 @@
+"""The frozen CLIP. The only file that knows open_clip.
+
+Axes: B images, L tokens (class token first), P = G*G patches, D width of the image tower, E joint width.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.model import resize_pos_embed, resize_text_pos_embed
+from open_clip.transformer import VisionTransformer
+from torch import nn
+from torch.nn.functional import normalize
+
+logger = logging.getLogger(__name__)
+
+RANDOM_SEED = 0
+"""Of the weights that ``pretrained=None`` draws, so that a backbone is a function of its arguments."""
+TEXT_BATCH = 64
+FINGERPRINT_SAMPLES = 64
+
+_NOT_PARAMETERS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives
+
+
+class ClipBackbone(nn.Module):
+    """CLIP with a plain vision transformer, frozen and always in eval mode.
+
+    Args:
+        backbone: Name of an open_clip model, or path of a model config in open_clip's JSON form.
+        pretrained: Tag of open_clip; or path of a weight file in OpenAI's or open_clip's form (.pt state dict,
+            TorchScript archive, safetensors); or None for seeded random weights.
+        image_size: Height and width of its input in pixels; the position grid is resized to it (bicubic, antialiased).
+        quick_gelu: Use QuickGELU, with which OpenAI's weights were trained, in place of GELU in both towers. MVFA's
+            published code does not.
+
+    Attributes:
+        depth: Number of blocks of the image tower.
+        width: D.
+        joint_width: E.
+        grid: G.
+        fingerprint: Of the weights, whatever file they came from and whatever the image size.
+
+    Raises:
+        ValueError: Unknown backbone, tag or image size, an image tower other than a plain vision transformer, or a
+            file that does not fit the backbone.
+        FileNotFoundError: The config or the weight file does not exist.
+        RuntimeError: The weights of a tag could not be had.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(
+        self,
+        backbone: str,
+        pretrained: str | None,
+        image_size: int,
+        quick_gelu: bool = False,
+    ) -> None:
+        super().__init__()
+        config = _read_config(backbone)
+        patch_size = config["vision_cfg"]["patch_size"]
+        if image_size < patch_size:
+            msg = f"image_size={image_size} is smaller than one patch of {backbone}; it must be at least {patch_size}."
+            raise ValueError(msg)
+        state = _read_weights(backbone, pretrained, config, quick_gelu)
+        clip = _build(config, quick_gelu, image_size)
+        resize_pos_embed(state, clip)
+        resize_text_pos_embed(state, clip)
+        _load(clip, state, backbone, pretrained)
+
+        self.clip = clip.requires_grad_(False).eval()
+        self.tokenizer = _tokenizer(backbone, config)
+        self.depth = len(clip.visual.transformer.resblocks)
+        self.width = clip.visual.class_embedding.shape[0]
+        self.joint_width = config["embed_dim"]
+        self.grid = image_size // patch_size
+        self.fingerprint = _fingerprint(clip, quick_gelu)
+        # open_clip 2.24 runs its blocks sequence-first, from 2.26 on batch-first.
+        self._batch_first = getattr(clip.visual.transformer, "batch_first", False)
+        self.register_buffer("mean", torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> "ClipBackbone":
+        """Stay in eval mode, whatever the mode of the model around it."""
+        del mode
+        return super().train(False)
+
+    def embed(self, image: torch.Tensor) -> torch.Tensor:
+        """Return the tokens ``(B, L, D)`` that enter the first block, of images ``(B, 3, H, W)``."""
+        tower = self.clip.visual
+        patches = tower.conv1(image).flatten(2).transpose(1, 2)  # (B, P, D)
+        class_token = tower.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
+        tokens = torch.cat([class_token, patches], dim=1) + tower.positional_embedding.to(patches.dtype)
+        return tower.ln_pre(tokens)
+
+    def block(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """Run block ``index`` (from 0) on tokens ``(B, L, D)``."""
+        block = self.clip.visual.transformer.resblocks[index]
+        if self._batch_first:
+            return block(x)
+        return block(x.transpose(0, 1)).transpose(0, 1)
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Return unit text features ``(len(prompts), E)``, float32."""
+        device = self.clip.logit_scale.device
+        with torch.autocast(device.type, enabled=False):
+            features = [
+                self.clip.encode_text(self.tokenizer(list(prompts[start : start + TEXT_BATCH])).to(device))
+                for start in range(0, len(prompts), TEXT_BATCH)
+            ]
+        return normalize(torch.cat(features).float(), dim=-1)
+
+
+def working_backbones() -> list[str]:
+    """Return the names of open_clip's models whose image tower MVFA can adapt."""
+    return [name for name in open_clip.list_models() if _is_plain(open_clip.get_model_config(name))]
+
+
+def _is_plain(config: dict[str, Any]) -> bool:
+    """Whether a config describes open_clip's own vision transformer (timm towers and ResNets are none)."""
+    vision = config["vision_cfg"]
+    return "timm_model_name" not in vision and isinstance(vision.get("layers", 12), int)
+
+
+def _read_config(backbone: str) -> dict[str, Any]:
+    path = Path(backbone)
+    if path.suffix == ".json":
+        if not path.is_file():
+            msg = f"backbone={backbone!r}: there is no such model config. Give the path of an existing .json file."
+            raise FileNotFoundError(msg)
+        config = json.loads(path.read_text())
+        config = config.get("model_cfg", config)
+        missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config)
+        if missing:
+            msg = f"backbone={backbone!r} is not a model config in open_clip's form: {sorted(missing)} missing."
+            raise ValueError(msg)
+    else:
+        config = open_clip.get_model_config(backbone) if backbone in open_clip.list_models() else None
+        if config is None:
+            msg = (
+                f"backbone={backbone!r} is unknown. Give the path of a model config (.json) or one of: "
+                f"{', '.join(working_backbones())}."
+            )
+            raise ValueError(msg)
+    if not _is_plain(config):
+        msg = (
+            f"backbone={backbone!r} has no plain vision transformer as its image tower, and MVFA adapts the blocks of "
+            f"one. These work: {', '.join(working_backbones())}."
+        )
+        raise ValueError(msg)
+    config["vision_cfg"] = {"patch_size": 16, "image_size": 224, **config["vision_cfg"]}  # open_clip's own defaults
+    return config
+
+
+def _build(config: dict[str, Any], quick_gelu: bool, image_size: int) -> nn.Module:
+    arguments = {key: value for key, value in config.items() if key not in {"custom_text", "quick_gelu"}}
+    arguments["vision_cfg"] = {**config["vision_cfg"], "image_size": image_size, "patch_dropout": 0.0}
+    text = arguments["text_cfg"]
+    if "multimodal_cfg" in config:
+        kind = open_clip.CoCa
+    elif config.get("custom_text") or "hf_model_name" in text:
+        kind = open_clip.CustomTextCLIP
+        if "hf_model_name" in text:
+            arguments["text_cfg"] = {**text, "hf_model_pretrained": False}
+    else:
+        kind = open_clip.CLIP
+    clip = kind(**arguments, quick_gelu=quick_gelu)
+    if not isinstance(clip.visual, VisionTransformer):
+        msg = f"The image tower is a {type(clip.visual).__name__}; these work: {', '.join(working_backbones())}."
+        raise ValueError(msg)  # noqa: TRY004  # the value of `backbone` is at fault, not its type
+    return clip
+
+
+def _tokenizer(backbone: str, config: dict[str, Any]) -> Any:  # noqa: ANN401  # open_clip has no common type
+    if "hf_tokenizer_name" in config["text_cfg"]:
+        return open_clip.get_tokenizer(backbone)
+    return open_clip.SimpleTokenizer(context_length=config["text_cfg"].get("context_length", 77))
+
+
+def _read_weights(
+    backbone: str,
+    pretrained: str | None,
+    config: dict[str, Any],
+    quick_gelu: bool,
+) -> dict[str, torch.Tensor]:
+    if pretrained is None:
+        logger.warning("pretrained=None: the backbone %s has random weights. Scores mean nothing clinically.", backbone)
+        # Drawn at the config's own image size, like pretrained weights, so that they do not depend on `image_size`.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(RANDOM_SEED)
+            return _build(config, quick_gelu, config["vision_cfg"]["image_size"]).state_dict()
+    path = Path(pretrained).expanduser()
+    if path.is_file():
+        return _read_file(path)
+    tags = open_clip.list_pretrained_tags_by_model(backbone)
+    ways_out = (
+        "Ways out: give pretrained= (or the environment variable ANOMALIB_MVFA_PRETRAINED) the path of a weight file, "
+        "in OpenAI's or open_clip's form (.pt, TorchScript archive, .safetensors); or run once with a network; or "
+        "pretrained=null for random weights, to try the software out."
+    )
+    if pretrained not in tags:
+        msg = (
+            f"pretrained={pretrained!r} is neither a file nor a tag of {backbone} (its tags: {', '.join(tags) or 'none'}). "
+            f"{ways_out}"
+        )
+        looks_like_path = path.suffix or len(path.parts) > 1
+        raise FileNotFoundError(msg) if looks_like_path else ValueError(msg)
+    try:
+        return _read_file(Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(backbone, pretrained))))
+    except Exception as error:  # the downloaders raise whatever their transport raises
+        msg = f"The weights {pretrained!r} of {backbone} could not be had ({_first_line(error)}). {ways_out}"
+        raise RuntimeError(msg) from error
+
+
+def _read_file(path: Path) -> dict[str, torch.Tensor]:
+    """Read a state dict from a weight file, whichever of the usual forms it has."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except RuntimeError as error:
+                if "TorchScript" not in str(error):
+                    raise
+                state = torch.jit.load(str(path), map_location="cpu").state_dict()
+    except Exception as error:
+        msg = (
+            f"pretrained={str(path)!r} cannot be read ({_first_line(error)}). It must be a state dict (.pt), a "
+            "TorchScript archive or a .safetensors file, and whole: compare its size with the source's."
+        )
+        raise ValueError(msg) from error
+    if isinstance(state, dict) and "state_dict" in state:
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        msg = f"pretrained={str(path)!r} holds no state dict: a mapping from parameter names to tensors is expected."
+        raise ValueError(msg)
+    return {key.removeprefix("module."): value for key, value in state.items() if key not in _NOT_PARAMETERS}
+
+
+def _load(clip: nn.Module, state: dict[str, torch.Tensor], backbone: str, pretrained: str | None) -> None:
+    expected = clip.state_dict()
+    missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+    misshaped = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    if missing or unexpected or misshaped:
+        msg = (
+            f"The weights {pretrained!r} do not fit backbone={backbone!r}: {len(missing)} parameters missing "
+            f"{missing[:3]}, {len(unexpected)} unknown {unexpected[:3]}, {len(misshaped)} of another shape "
+            f"{misshaped[:3]}. Name the backbone that the file was made for."
+        )
+        raise ValueError(msg)
+    clip.load_state_dict(state)
+
+
+@torch.no_grad()
+def _fingerprint(clip: nn.Module, quick_gelu: bool) -> str:
+    """Hash samples of every weight; the position grid is left out since it depends on the image size."""
+    digest = hashlib.sha256(f"quick_gelu={quick_gelu}".encode())
+    for name, weight in sorted(clip.state_dict().items()):
+        if name != "visual.positional_embedding":
+            flat = weight.detach().float().flatten()
+            sample = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)]
+            digest.update(f"{name}{tuple(weight.shape)}".encode())
+            digest.update(sample.cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

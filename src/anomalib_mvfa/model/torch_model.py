@@ -1,0 +1,410 @@
+"""MVFA as a torch module: backbone with adapters -> text alignment + memory bank -> anomaly maps -> fusion.
+
+Axes: B images, N support views, L tokens (class token first), P = G*G patches, E joint width, l level.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import nn
+from torch.nn.functional import normalize
+
+from .adapters import BRANCHES, BranchAdapters, add_to_stream
+from .anomaly_map import state_probabilities, to_grid, upsample
+from .backbone import ClipBackbone
+from .fusion import Weights, fuse, value_range
+from .memory_bank import MemoryBank
+from .prompts import ABNORMAL_STATES, NORMAL_STATES, TEMPLATES, compose
+from .text_alignment import patch_logits, pool_patches
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How branches become an anomaly map and an image score.
+
+    Args:
+        map_branch: Whose map is shown: "seg" for data with masks, "det" for others, where seg is untrained.
+        image_score: "map_max", the maximum of the fused map; "det_mean", the fused mean of the det branch;
+            "det_max", the same with maxima over patches.
+        weights: Weights of the zero-shot and the few-shot branch.
+        ranged: Whether values are scaled by calibrated ranges before fusion.
+    """
+
+    map_branch: str = "seg"
+    image_score: str = "map_max"
+    weights: Weights = field(default_factory=lambda: Weights(0.5, 0.5))
+    ranged: bool = True
+
+    @property
+    def branches(self) -> list[str]:
+        """Branches that scoring reads; only their banks are kept."""
+        return [b for b in BRANCHES if b == self.map_branch or (b == "det" and self.image_score != "map_max")]
+
+
+class TrainingOutput(NamedTuple):
+    """What the loss needs: per level, maps ``(B, 2, H, W)`` of the seg branch and scores ``(B,)`` of the det branch."""
+
+    seg_maps: list[torch.Tensor]
+    det_scores: list[torch.Tensor]
+
+
+class Tokens(NamedTuple):
+    """Adapter features of both branches: per level ``(B, L, E)``."""
+
+    seg: list[torch.Tensor]
+    det: list[torch.Tensor]
+
+
+class BranchScores(NamedTuple):
+    """Unfused scores at patch resolution: all that calibration needs to keep of an image.
+
+    ``logits`` is ``(B, l, P, 2)``, ``distance`` ``(B, P)``, ``zero`` and ``few`` ``(B,)``; the last three are None
+    when not in use.
+    """
+
+    logits: torch.Tensor
+    distance: torch.Tensor | None
+    zero: torch.Tensor | None
+    few: torch.Tensor | None
+
+
+class SupportViews(NamedTuple):
+    """A batch of support views: ``image`` ``(B, 3, H, W)``, ``label`` ``(B,)``, and the image that each is a view of."""
+
+    image: torch.Tensor
+    label: torch.Tensor
+    source: Sequence[str]
+
+
+class MvfaModel(nn.Module):
+    """Multi-level visual feature adaptation of CLIP (Huang et al., CVPR 2024), in its published numerics.
+
+    In train mode ``forward`` returns a :class:`TrainingOutput`, in eval mode anomalib's ``InferenceBatch``.
+
+    Args:
+        backbone: See :class:`~anomalib_mvfa.model.backbone.ClipBackbone`, as for the next two.
+        pretrained: Tag, file, or None for random weights.
+        image_size: Height and width of images in pixels.
+        levels: Blocks (from 1) after which adapters sit; the quarter points by default.
+        residual_ratio: g, the weight of an adapter in the stream.
+        quick_gelu: QuickGELU in place of GELU in the backbone.
+        normalize: Normalise images by CLIP's mean and standard deviation, which the published code does not.
+        adaptation: "adapter", or "projector" (paper, Table 4): linear layers that leave the stream alone.
+        residual: "pair" (published) or "single" (paper, Eq. 2), see :func:`~anomalib_mvfa.model.adapters.add_to_stream`.
+        train_levels: Levels (blocks) that have a loss and learn; all by default (paper, Table 5).
+        score_levels: Levels that are scored; all by default.
+        pooling: "mean" (published) or "max" (paper) over patches in the det loss.
+        upsample: "logits" (published) or "probabilities" (paper) are upsampled to the seg map.
+        seed: Of the adapters' initial weights.
+
+    Attributes:
+        scoring: How scores are formed.
+        bank: Features of the normal support.
+        text_features: Unit columns ``(E, 2)``, normal and abnormal, of the object that is scored.
+        ranges: Lowest and highest value ``(2, 2, 2)``: of map and image score, of the zero- and few-shot branch.
+
+    Raises:
+        ValueError: A level is not a block of the backbone, or an option has no such value.
+    """
+
+    text_features: torch.Tensor
+    ranges: torch.Tensor
+
+    def __init__(
+        self,
+        backbone: str = "ViT-L-14-336",
+        pretrained: str | None = "openai",
+        image_size: int = 240,
+        levels: Sequence[int] | None = None,
+        residual_ratio: float = 0.1,
+        quick_gelu: bool = False,
+        normalize: bool = False,
+        adaptation: str = "adapter",
+        residual: str = "pair",
+        train_levels: Sequence[int] | None = None,
+        score_levels: Sequence[int] | None = None,
+        pooling: str = "mean",
+        upsample: str = "logits",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_choice("adaptation", adaptation, ("adapter", "projector"))
+        check_choice("residual", residual, ("pair", "single"))
+        check_choice("pooling", pooling, ("mean", "max"))
+        check_choice("upsample", upsample, ("logits", "probabilities"))
+        self.image_size = image_size
+        self.residual_ratio = residual_ratio
+        self.normalize = normalize
+        self.residual = residual
+        self.pooling = pooling
+        self.upsample = upsample
+
+        self.backbone = ClipBackbone(backbone, pretrained, image_size, quick_gelu)
+        self.levels = _check_levels("levels", levels, self.backbone.depth)
+        self._trained = self._positions("train_levels", train_levels)
+        self._scored = self._positions("score_levels", score_levels)
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            shape = (len(self.levels), self.backbone.width, self.backbone.joint_width, adaptation)
+            self.seg_adapters = BranchAdapters(*shape)
+            self.det_adapters = BranchAdapters(*shape)
+        self.seg_adapters.train_only(self._trained)
+        self.det_adapters.train_only(self._trained)
+
+        self.scoring = Scoring()
+        self.bank = MemoryBank()
+        self.register_buffer("text_features", torch.full((self.backbone.joint_width, 2), torch.nan))
+        self.register_buffer("ranges", torch.full((2, 2, 2), torch.nan))
+
+    def forward(
+        self,
+        image: torch.Tensor,
+        text_features: torch.Tensor | None = None,
+        with_seg: bool = True,
+    ) -> TrainingOutput | InferenceBatch:
+        """Score images.
+
+        Args:
+            image: RGB in [0, 1], ``(B, 3, image_size, image_size)``.
+            text_features: ``(E, 2)``, the model's own by default.
+            with_seg: In training, whether the seg branch learns: not from data without masks.
+
+        Returns:
+            In train mode, what the loss needs; in eval mode ``pred_score`` ``(B,)`` and ``anomaly_map`` ``(B, H, W)``.
+        """
+        text_features = self.text_features if text_features is None else text_features
+        if self.training:
+            return self._training_output(self.tokens(image, learn_seg=with_seg), text_features, with_seg)
+        return self.fuse(self.branch_scores(self.tokens(image), text_features))
+
+    def tokens(self, image: torch.Tensor, learn_seg: bool = True) -> Tokens:
+        """Run the backbone with its adapters.
+
+        Args:
+            image: RGB in [0, 1], ``(B, 3, image_size, image_size)``; overshoots of the resize are clamped.
+            learn_seg: Whether gradients reach the seg adapters; the stream passes through them all the same.
+
+        Returns:
+            Features of every level.
+
+        Raises:
+            ValueError: The images have another size.
+        """
+        if image.shape[-2] != self.image_size or image.shape[-1] != self.image_size:
+            msg = (
+                f"Images of {image.shape[-2]}x{image.shape[-1]} pixels reached a model of image_size={self.image_size}. "
+                "Leave pre_processor at its default, or let it resize to image_size."
+            )
+            raise ValueError(msg)
+        image = image.clamp(0, 1)
+        if self.normalize:
+            image = (image - self.backbone.mean) / self.backbone.std
+
+        tokens = Tokens([], [])
+        x = self.backbone.embed(image)  # (B, L, D)
+        for block in range(1, self.levels[-1] + 1):
+            x = self.backbone.block(block - 1, x)
+            if block in self.levels:
+                position = self.levels.index(block)
+                with _frozen(self.seg_adapters[position], not learn_seg):
+                    seg, to_stream_seg = self.seg_adapters[position](x)  # (B, L, E), (B, L, D)
+                det, to_stream_det = self.det_adapters[position](x)
+                tokens.seg.append(seg)
+                tokens.det.append(det)
+                if to_stream_seg is not None:
+                    x = add_to_stream(x, to_stream_seg, to_stream_det, self.residual_ratio, self.residual)
+        return tokens
+
+    def branch_scores(
+        self,
+        tokens: Tokens,
+        text_features: torch.Tensor,
+        keep: torch.Tensor | None = None,
+    ) -> BranchScores:
+        """Compare features with the texts and the bank.
+
+        Args:
+            tokens: Features of images.
+            text_features: ``(E, 2)``.
+            keep: Which support views ``(N,)`` of the bank count, all by default.
+        """
+        scoring = self.scoring
+        of_map = self._scored_tokens(tokens, scoring.map_branch)
+        logits = torch.stack([patch_logits(level, text_features) for level in of_map], dim=1)  # (B, l, P, 2)
+        distance = zero = few = None
+        with_few = scoring.weights.few > 0
+        if with_few:
+            distance = self.bank.distance(scoring.map_branch, of_map, keep)
+        if scoring.image_score != "map_max":
+            of_det = self._scored_tokens(tokens, "det")
+            pooling = scoring.image_score.removeprefix("det_")
+            scores = [pool_patches(patch_logits(level, text_features).softmax(-1)[..., 1], pooling) for level in of_det]
+            zero = torch.stack(scores).mean(dim=0)
+            if with_few:
+                far = distance if scoring.map_branch == "det" else self.bank.distance("det", of_det, keep)
+                far = upsample(to_grid(far.unsqueeze(-1)), self.image_size).flatten(1)
+                few = pool_patches(far, pooling)
+        return BranchScores(logits, distance, zero, few)
+
+    def maps(self, scores: BranchScores) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the zero-shot and the few-shot map ``(B, H, W)`` before fusion; the latter None when not in use."""
+        levels = [state_probabilities(level, self.image_size, self.upsample)[:, 1] for level in scores.logits.unbind(1)]
+        zero = torch.stack(levels).mean(dim=0)
+        if scores.distance is None:
+            return zero, None
+        return zero, upsample(to_grid(scores.distance.unsqueeze(-1)), self.image_size).squeeze(1)
+
+    def fuse(self, scores: BranchScores) -> InferenceBatch:
+        """Fuse the branches into ``anomaly_map`` ``(B, H, W)`` and ``pred_score`` ``(B,)``, both inside [0, 1]."""
+        map_ranges, score_ranges = self.ranges if self.scoring.ranged else (None, None)
+        anomaly_map = fuse(*self.maps(scores), self.scoring.weights, map_ranges)
+        if scores.zero is None:
+            pred_score = anomaly_map.amax(dim=(-2, -1))
+        else:
+            pred_score = fuse(scores.zero, scores.few, self.scoring.weights, score_ranges)
+        return InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map)
+
+    def encode_states(
+        self,
+        class_name: str,
+        normal_states: Sequence[str] = NORMAL_STATES,
+        abnormal_states: Sequence[str] = ABNORMAL_STATES,
+        templates: Sequence[str] = TEMPLATES,
+    ) -> torch.Tensor:
+        """Return the text features ``(E, 2)`` of an object: unit mean of unit embeddings, normal and abnormal."""
+        columns = []
+        for states in (normal_states, abnormal_states):
+            embeddings = self.backbone.encode_text(compose(class_name, states, templates))
+            columns.append(normalize(embeddings.mean(dim=0), dim=0))
+        return torch.stack(columns, dim=1)
+
+    @torch.no_grad()
+    def memorise(self, views: Iterable[SupportViews]) -> list[BranchScores]:
+        """Build the bank from the normal views, and score every support image as if it were unseen.
+
+        The first view of an image stands for it; of a normal one, the bank rows of its own views are left out (with
+        one normal image, those of the first view only).
+
+        Args:
+            views: Batches of support views, each image's unchanged view before its others.
+
+        Returns:
+            Scores of every support image, in order of appearance, for :meth:`calibrate`. Empty when no few-shot
+            branch is in use.
+
+        Raises:
+            ValueError: There is no normal view.
+        """
+        self.bank.clear()
+        bank: dict[str, list[list[torch.Tensor]]] = {branch: [] for branch in self.scoring.branches}
+        owners: list[str] = []
+        firsts: dict[str, Tokens] = {}
+        for batch in views:
+            tokens = self.tokens(batch.image)
+            normal = batch.label == 0
+            for branch, stored in bank.items():
+                stored.append([level[normal] for level in self._scored_tokens(tokens, branch)])
+            owners += [source for source, is_normal in zip(batch.source, normal.tolist(), strict=True) if is_normal]
+            for row, source in enumerate(batch.source):
+                if source not in firsts:
+                    one = slice(row, row + 1)
+                    firsts[source] = Tokens([t[one] for t in tokens.seg], [t[one] for t in tokens.det])
+        if not owners:
+            msg = "The support holds no normal image, and the memory bank needs at least one."
+            raise ValueError(msg)
+        for branch, stored in bank.items():
+            self.bank.store(branch, [torch.cat(level) for level in zip(*stored, strict=True)])
+
+        scores = []
+        for source, tokens in firsts.items():
+            keep = torch.tensor([owner != source for owner in owners], device=tokens.seg[0].device)
+            if not keep.any():
+                logger.warning(
+                    "One normal support image: its range is measured against its own other views, and may be narrow.",
+                )
+                keep = torch.tensor([row > 0 for row in range(len(owners))], device=keep.device)
+            keep = None if keep.all() or not keep.any() else keep
+            scores.append(self.branch_scores(tokens, self.text_features, keep))
+        return scores
+
+    @torch.no_grad()
+    def calibrate(self, scores: Iterable[BranchScores]) -> None:
+        """Set the ranges to the lowest and highest values that these scores reach, pixel by pixel and image by image.
+
+        Args:
+            scores: Of the images that set the ranges.
+        """
+        seen: list[list[torch.Tensor]] = []
+        for batch in scores:
+            zero_map, few_map = self.maps(batch)
+            values = (zero_map, few_map, batch.zero, batch.few)
+            missing = self.ranges.new_tensor([0.0, 1.0])
+            seen.append([missing if value is None else value_range(value) for value in values])
+        if seen:
+            extremes = torch.stack([torch.stack(row) for row in seen])  # (batches, 4, 2)
+            low, high = extremes[..., 0].amin(dim=0), extremes[..., 1].amax(dim=0)
+            self.ranges.copy_(torch.stack([low, high], dim=-1).view(2, 2, 2))
+
+    def _training_output(self, tokens: Tokens, text_features: torch.Tensor, with_seg: bool) -> TrainingOutput:
+        seg_maps, det_scores = [], []
+        for position in self._trained:
+            if with_seg:
+                logits = patch_logits(tokens.seg[position], text_features)
+                seg_maps.append(state_probabilities(logits, self.image_size, self.upsample))
+            probability = patch_logits(tokens.det[position], text_features).softmax(dim=-1)[..., 1]  # (B, P)
+            det_scores.append(pool_patches(probability, self.pooling))
+        return TrainingOutput(seg_maps, det_scores)
+
+    def _scored_tokens(self, tokens: Tokens, branch: str) -> list[torch.Tensor]:
+        levels = getattr(tokens, branch)
+        return [levels[position] for position in self._scored]
+
+    def _positions(self, name: str, chosen: Sequence[int] | None) -> list[int]:
+        """Positions, within ``levels``, of chosen levels."""
+        chosen = self.levels if chosen is None else [int(level) for level in chosen]
+        unknown = [level for level in chosen if level not in self.levels]
+        if unknown or not chosen:
+            msg = f"{name}={chosen} must name some of the levels {self.levels}."
+            raise ValueError(msg)
+        return sorted({self.levels.index(level) for level in chosen})
+
+
+@contextmanager
+def _frozen(module: nn.Module, frozen: bool) -> Iterator[None]:
+    """Keep gradients from a module's weights, while they still pass through it."""
+    if not frozen:
+        yield
+        return
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError unless the value is one of the choices."""
+    if value not in choices:
+        msg = f"{name}={value!r} is unknown; choose one of: {', '.join(choices)}."
+        raise ValueError(msg)
+
+
+def _check_levels(name: str, levels: Sequence[int] | None, depth: int) -> list[int]:
+    if levels is None:
+        return sorted({max(1, round(depth * quarter / 4)) for quarter in (1, 2, 3, 4)})
+    checked = [int(level) for level in levels]
+    if not checked or checked != sorted(set(checked)) or checked[0] < 1 or checked[-1] > depth:
+        msg = f"{name}={checked} must be increasing block numbers between 1 and {depth}, the backbone's depth."
+        raise ValueError(msg)
+    return checked
