@@ -1,0 +1,24 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install demo test lint
+
+install: $(VENV)/.installed
+
+# An editable install keeps copies of the metadata and of the start-up hook; the rest is read from src.
+$(VENV)/.installed: pyproject.toml $(wildcard src/anomalib_mvfa_hook.*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e '.[dev,openvino]'
+	touch $@
+
+demo: install
+	$(BIN)/python -m anomalib_mvfa.demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy

@@ -1,0 +1,54 @@
+"""MVFA, few-shot and zero-shot anomaly detection in medical images, as a plugin of anomalib."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .data import BMADFewShot, BMADLeaveOneOut, BMADOneClass, FewShot, LeaveOneOut, Phantom
+    from .model.lightning_model import Mvfa
+    from .model.torch_model import MvfaModel
+    from .plugin import register
+
+    __version__: str
+
+__all__ = [
+    "BMADFewShot",
+    "BMADLeaveOneOut",
+    "BMADOneClass",
+    "FewShot",
+    "LeaveOneOut",
+    "Mvfa",
+    "MvfaModel",
+    "Phantom",
+    "__version__",
+    "register",
+]
+
+# Imported on first use: importing this package must not import anomalib, whose import imports this package.
+_HOMES = {
+    "BMADFewShot": ".data",
+    "BMADLeaveOneOut": ".data",
+    "BMADOneClass": ".data",
+    "FewShot": ".data",
+    "LeaveOneOut": ".data",
+    "Mvfa": ".model.lightning_model",
+    "MvfaModel": ".model.torch_model",
+    "Phantom": ".data",
+    "register": ".plugin",
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 (a public name may be a class, a function or a string)
+    if name == "__version__":
+        value: Any = import_module("importlib.metadata").version("anomalib-mvfa")
+    elif name in _HOMES:
+        value = getattr(import_module(_HOMES[name], __name__), name)
+    else:
+        msg = f"module {__name__!r} has no attribute {name!r}; its public names are {', '.join(__all__)}."
+        raise AttributeError(msg)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

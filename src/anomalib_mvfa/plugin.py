@@ -1,0 +1,54 @@
+"""Attaches MVFA and its datamodules to anomalib; nothing else touches anomalib's registries.
+
+anomalib looks for models among the direct subclasses of ``AnomalibModule`` and for command-line classes among all
+imported subclasses, so importing ours registers them there. Short names in configs are attributes of
+``anomalib.models`` and ``anomalib.data``.
+"""
+
+import logging
+from importlib import import_module
+from types import ModuleType
+
+logger = logging.getLogger(__name__)
+
+_NAMES = {
+    "anomalib.models": ("Mvfa",),
+    "anomalib.data": ("BMADFewShot", "BMADLeaveOneOut", "BMADOneClass", "FewShot", "LeaveOneOut", "Phantom"),
+}
+
+
+def register() -> None:
+    """Attach our names to anomalib now.
+
+    Needed only where the start-up hook is not active: under ``python -S``, after ``pip install --target``, or with
+    ``ANOMALIB_MVFA_PLUGIN=0``.
+    """
+    for host in _NAMES:
+        attach(import_module(host))
+
+
+def attach(host: ModuleType) -> None:
+    """Attach our names to a host; names that it already has are left alone.
+
+    Args:
+        host: ``anomalib.models`` or ``anomalib.data``, fully imported. The start-up hook passes the module since it
+            is not an attribute of ``anomalib`` yet.
+    """
+    package = import_module("anomalib_mvfa")
+    for name in _NAMES[host.__name__]:
+        present = getattr(host, name, None)
+        if present is None:
+            setattr(host, name, getattr(package, name))
+        elif not present.__module__.startswith(package.__name__):
+            logger.warning("%s has a %s of its own; ours is anomalib_mvfa.%s.", host.__name__, name, name)
+    if host.__name__ == "anomalib.models":
+        # get_model() imports class paths from these modules only.
+        host.ALLOWED_MODULES.add(package.__name__)
+
+
+def main() -> None:
+    """Run anomalib's command line with MVFA registered."""
+    register()
+    from anomalib.cli.cli import main as anomalib_main
+
+    anomalib_main()
