@@ -14,7 +14,7 @@ from anomalib.data import AnomalibDataModule, ImageBatch, ImageItem
 from anomalib.data.utils import LabelName
 from torch.utils.data import Dataset
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 DEFAULT_CLASS_NAME = "object"
 

@@ -9,7 +9,7 @@ import logging
 from importlib import import_module
 from types import ModuleType
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 _NAMES = {
     "anomalib.models": ("Mvfa",),

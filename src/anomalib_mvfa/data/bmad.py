@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import Transform
 from .dataset import SampleDataset
 from .protocols import FewShot, LeaveOneOut
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 MASK_FOLDERS = ("label", "anomaly_mask")

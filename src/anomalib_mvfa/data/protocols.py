@@ -17,7 +17,7 @@ from .dataset import ConcatDataset, SampleDataset, SupportViews
 from .samplers import eval_loader, train_loader
 from .support import KINDS, draw, group_of, pick, read_support_list, same_content
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 Source = AnomalibDataModule | dict[str, Any]
 """A datamodule, or anomalib's mapping of one: ``class_path`` and ``init_args``."""

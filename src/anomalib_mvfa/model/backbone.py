@@ -17,7 +17,7 @@ from open_clip.transformer import VisionTransformer
 from torch import nn
 from torch.nn.functional import normalize
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 RANDOM_SEED = 0
 """Of the weights that ``pretrained=None`` draws, so that a backbone is a function of its arguments."""

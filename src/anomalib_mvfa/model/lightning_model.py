@@ -29,7 +29,7 @@ from .processing import AntialiasedPreProcessor, ThresholdScaledPostProcessor
 from .prompts import ABNORMAL_STATES, NORMAL_STATES, TEMPLATES, check_slots
 from .torch_model import BranchScores, MvfaModel, Scoring, SupportViews, check_choice
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 IMAGE_SCORES = ("map_max", "det_mean", "det_max")
 CALIBRATIONS = ("support", "none", "test")

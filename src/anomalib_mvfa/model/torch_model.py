@@ -22,7 +22,7 @@ from .memory_bank import MemoryBank
 from .prompts import ABNORMAL_STATES, NORMAL_STATES, TEMPLATES, compose
 from .text_alignment import patch_logits, pool_patches
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 
 @dataclass(frozen=True)
