@@ -1,7 +1,5 @@
 """BMAD (Bao et al., 2023): six medical data sets, in anomalib's and in the published folder layout."""
 
-import logging
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,18 +7,15 @@ from pathlib import Path
 
 import pandas as pd
 from anomalib.data import BMAD
-from anomalib.data.utils import LabelName
+from anomalib.data.utils import LabelName, ValSplitMode
 from pandas import DataFrame
 from torchvision.transforms.v2 import Transform
 
 from .dataset import SampleDataset
 from .protocols import FewShot, LeaveOneOut
 
-logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
-
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 MASK_FOLDERS = ("label", "anomaly_mask")
-SPLITS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
@@ -42,6 +37,14 @@ CATEGORIES = {
 }
 
 
+def check_categories(*names: str) -> None:
+    """Raise ValueError for a name that is no category of BMAD."""
+    unknown = [name for name in names if name not in CATEGORIES]
+    if unknown:
+        msg = f"BMAD has no category {', '.join(map(repr, unknown))}. Choose from: {', '.join(CATEGORIES)}."
+        raise ValueError(msg)
+
+
 def category_folder(root: str | Path, category: str) -> Path:
     """Return the folder of a category, ``root/Brain`` or ``root/Brain_AD``.
 
@@ -49,19 +52,16 @@ def category_folder(root: str | Path, category: str) -> Path:
         ValueError: There is no such category in BMAD.
         FileNotFoundError: It is not under the root.
     """
-    if category not in CATEGORIES:
-        msg = f"category={category!r} is unknown; choose one of: {', '.join(CATEGORIES)}."
-        raise ValueError(msg)
-    root = Path(root)
-    for folder in (root / category, root / f"{category}_AD"):
-        if folder.is_dir():
-            return folder
-    there = [known for known in CATEGORIES if any((root / name).is_dir() for name in (known, f"{known}_AD"))]
-    msg = (
-        f"root={str(root)!r} holds neither {category} nor {category}_AD. Categories found there: "
-        f"{', '.join(there) or 'none'}. Give the folder that contains the category's folder."
-    )
-    raise FileNotFoundError(msg)
+    check_categories(category)
+    folders = {name: [Path(root, name), Path(root, f"{name}_AD")] for name in CATEGORIES}
+    there = {name: path for name, paths in folders.items() for path in paths if path.is_dir()}
+    if category not in there:
+        msg = (
+            f"root={str(root)!r} holds neither {category} nor {category}_AD, but these categories: "
+            f"{', '.join(there) or 'none'}. Choose from those, or give the folder that contains {category}."
+        )
+        raise FileNotFoundError(msg)
+    return there[category]
 
 
 def find_samples(root: str | Path, category: str, split: str) -> DataFrame:
@@ -112,7 +112,8 @@ def _match_masks(folder: Path, images: list[Path]) -> dict[str, Path]:
     if missing or spare:
         msg = (
             f"Masks of {folder} do not match its images: {len(missing)} images have no mask {missing[:5]}, "
-            f"{len(spare)} masks have no image {spare[:5]}. A mask lies in {' or '.join(MASK_FOLDERS)} under its image's name."
+            f"{len(spare)} masks have no image {spare[:5]}. A mask lies in {' or '.join(MASK_FOLDERS)} under its "
+            "image's name."
         )
         raise ValueError(msg)
     return masks
@@ -155,8 +156,7 @@ class BMADOneClass(BMAD):
 
     def __init__(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003  # anomalib's
         super().__init__(*args, **kwargs)
-        if self.category not in CATEGORIES:
-            category_folder(self.root, self.category)
+        check_categories(self.category)
 
     @property
     def name(self) -> str:
@@ -169,13 +169,13 @@ class BMADOneClass(BMAD):
         return CATEGORIES[self.category].class_name
 
     def prepare_data(self) -> None:
-        """Download BMAD if the root does not exist.
+        """Download BMAD if the root is absent or empty.
 
         Raises:
-            FileNotFoundError: The root exists but does not hold the category.
+            FileNotFoundError: The root holds something else.
             RuntimeError: The download failed.
         """
-        if self.root.is_dir() and any(path.is_dir() for path in self.root.iterdir()):
+        if self.root.is_dir() and any(self.root.iterdir()):
             category_folder(self.root, self.category)
             return
         # Downloaded beside and then renamed, so that a run cut short leaves no half of a data set.
@@ -185,11 +185,11 @@ class BMADOneClass(BMAD):
             super().prepare_data()
             if root.is_dir():
                 root.rmdir()
-            os.replace(self.root, root)
+            self.root.replace(root)
         except Exception as error:  # whatever the transport raises
             msg = (
-                f"root={str(root)!r} does not exist, and BMAD could not be downloaded ({error}). Run once with a "
-                "network, or give the folder that contains the category's folder."
+                f"root={str(root)!r} is absent or empty, and BMAD could not be downloaded to it ({error}). Run once "
+                f"with a network, or give the folder that contains {self.category}."
             )
             raise RuntimeError(msg) from error
         finally:
@@ -197,9 +197,23 @@ class BMADOneClass(BMAD):
             self.root = root
 
     def _setup(self, _stage: str | None = None) -> None:
-        self.train_data, self.val_data, self.test_data = (
-            BMADDataset(self.root, self.category, split) for split in SPLITS
-        )
+        self.train_data = BMADDataset(self.root, self.category, "train")
+        self._setup_labelled()
+
+    def _setup_labelled(self) -> None:
+        if self.val_split_mode == ValSplitMode.FROM_DIR:
+            self.val_data = BMADDataset(self.root, self.category, "valid")
+        self.test_data = BMADDataset(self.root, self.category, "test")
+
+
+class _Labelled(BMADOneClass):
+    """The labelled images of BMAD alone: the published folders have no others."""
+
+    def _setup(self, _stage: str | None = None) -> None:
+        self._setup_labelled()
+
+    def _create_test_split(self) -> None:
+        """Leave the test images as they are."""
 
 
 class BMADFewShot(FewShot):
@@ -240,7 +254,7 @@ class BMADFewShot(FewShot):
         seed: int = 0,
     ) -> None:
         super().__init__(
-            BMADOneClass(root, category),
+            _Labelled(root, category),
             k_shot,
             abnormal_shots,
             support_list,
@@ -295,10 +309,7 @@ class BMADLeaveOneOut(LeaveOneOut):
         seed: int = 0,
     ) -> None:
         chosen = list(train_categories) if train_categories is not None else [c for c in CATEGORIES if c != category]
-        unknown = [name for name in (category, *chosen) if name not in CATEGORIES]
-        if unknown:
-            msg = f"Unknown categories {unknown}; choose from: {', '.join(CATEGORIES)}."
-            raise ValueError(msg)
+        check_categories(category, *chosen)
         if exclude_modality:
             modality = CATEGORIES[category].modality
             chosen = [name for name in chosen if CATEGORIES[name].modality != modality]
@@ -306,7 +317,7 @@ class BMADLeaveOneOut(LeaveOneOut):
             msg = f"train_categories={chosen} must name at least one category, and not category={category!r} itself."
             raise ValueError(msg)
         super().__init__(
-            [BMADOneClass(root, name) for name in (category, *chosen)],
+            [_Labelled(root, name) for name in (category, *chosen)],
             category,
             train_batch_size,
             eval_batch_size,

@@ -3,11 +3,13 @@
 Axes: H height, W width.
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
+import pandas as pd
 import torch
 from anomalib import TaskType
 from anomalib.data import AnomalibDataset, ImageBatch, ImageItem
@@ -18,9 +20,9 @@ from torchvision.transforms.v2 import Resize, Transform
 from torchvision.transforms.v2.functional import to_dtype, to_image
 from torchvision.tv_tensors import Mask
 
+from ..contract import class_name_of
 from .augmentation import VIEWS, view
 
-EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
 MASK_THRESHOLD = 127
 """Of 8-bit mask values; above is abnormal."""
 
@@ -31,14 +33,7 @@ def read_image(path: str | Path) -> Image.Image:
     Raises:
         ValueError: The file is no readable image, or has more than 8 bits a channel.
     """
-    image = _open(path)
-    if image.mode not in EIGHT_BIT_MODES:
-        msg = (
-            f"{path} has pixels of more than 8 bits (mode {image.mode}), and only its origin tells which intensity "
-            "window to show. Convert it to 8 bits with that window."
-        )
-        raise ValueError(msg)
-    return image.convert("RGB")
+    return _load(path, "RGB")
 
 
 def read_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
@@ -49,23 +44,38 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
         size: Width and height of the image that the mask belongs to.
 
     Raises:
-        ValueError: The file is no readable image, or of another size.
+        ValueError: The file is no readable image, of another size, or marks something, but by too low values.
     """
-    mask = _open(path).convert("L")
+    mask = _load(path, "L")
     if mask.size != size:
         msg = f"Mask {path} is {mask.width}x{mask.height} pixels, its image {size[0]}x{size[1]}. They must agree."
+        raise ValueError(msg)
+    highest = int(np.asarray(mask).max())
+    if 0 < highest <= MASK_THRESHOLD:
+        msg = (
+            f"Mask {path} has values up to {highest}, and only those above {MASK_THRESHOLD} count as abnormal. Write "
+            "masks with 0 and 255."
+        )
         raise ValueError(msg)
     return mask
 
 
-def _open(path: str | Path) -> Image.Image:
+def _load(path: str | Path, mode: str) -> Image.Image:
     try:
-        image = Image.open(path)
-        image.load()
+        with Image.open(path) as image:
+            # Pillow reads 16-bit RGB as RGB, by the upper byte; only the raw mode, in `tile` until it is read, tells.
+            deep = image.mode in {"I", "F"} or ";16" in f"{image.mode} {image.tile}"
+            converted = image.convert(mode)
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError ... on broken files
         msg = f"{path} cannot be read as an image ({error}). Restore the file or take it out of the data set."
         raise ValueError(msg) from error
-    return image
+    if deep:
+        msg = (
+            f"{path} has more than 8 bits a channel, and only its origin tells which intensity window to show. Convert "
+            "it to 8 bits with that window."
+        )
+        raise ValueError(msg)
+    return converted
 
 
 class SampleDataset(AnomalibDataset):
@@ -76,7 +86,7 @@ class SampleDataset(AnomalibDataset):
         class_name: The noun, carried by every item and batch.
         augmentations: Anomalib's augmentations. A mere resize is done by Pillow on the 8-bit image, as in the
             published code.
-        reader: Reads item i in place of this class, for datasets with a form of their own.
+        reader: Reads item i in place of this class: a dataset of the same samples, with a form of its own.
     """
 
     def __init__(
@@ -89,7 +99,7 @@ class SampleDataset(AnomalibDataset):
         super().__init__(augmentations)
         self.samples = samples
         self.class_name = class_name
-        self._reader = reader
+        self.reader = reader
 
     @classmethod
     def of(cls, dataset: AnomalibDataset, samples: DataFrame, class_name: str | None = None) -> "SampleDataset":
@@ -97,22 +107,21 @@ class SampleDataset(AnomalibDataset):
         samples = samples.reset_index(drop=True)
         samples.attrs = dict(dataset.samples.attrs)
         class_name = class_name or getattr(dataset, "class_name", None)
-        inner = getattr(dataset, "_reader", None) or dataset
-        if isinstance(inner, SampleDataset) or type(inner).__getitem__ is AnomalibDataset.__getitem__:
+        reader = dataset.reader if isinstance(dataset, SampleDataset) else dataset
+        if reader is None or type(reader).__getitem__ is AnomalibDataset.__getitem__:
             return cls(samples, class_name, dataset.augmentations)
-        reader = inner.subsample([0])
+        reader = copy.copy(reader)
         reader.samples = samples
         return cls(samples, class_name, dataset.augmentations, reader)
 
     def __getitem__(self, index: int) -> ImageItem:
-        """Return an item with image ``(3, H, W)`` in [0, 1], mask ``(H, W)`` where the data set has masks, and label."""
-        if self._reader is not None:
-            self._reader.augmentations = self.augmentations
-            item = self._reader[index]
+        """Return an item: image ``(3, H, W)`` in [0, 1], mask ``(H, W)`` where the data set has masks, and label."""
+        if self.reader is not None:
+            self.reader.augmentations = self.augmentations
+            item = cast("ImageItem", self.reader[index])
         else:
             item = self._read(self.samples.iloc[index])
-        item.class_name = self.class_name
-        return item
+        return _called(item, self.class_name)
 
     @property
     def collate_fn(self) -> Callable[[list[ImageItem]], ImageBatch]:
@@ -121,10 +130,12 @@ class SampleDataset(AnomalibDataset):
 
     def _read(self, row: Series) -> ImageItem:
         image = read_image(row.image_path)
-        mask = None
-        if self.task == TaskType.SEGMENTATION and row.label_index != LabelName.UNKNOWN:
-            abnormal = row.label_index == LabelName.ABNORMAL
-            mask = read_mask(row.mask_path, image.size) if abnormal else Image.new("L", image.size)
+        mask, mask_path = None, None
+        if self.task == TaskType.SEGMENTATION and row.label_index == LabelName.ABNORMAL:
+            mask_path = str(row.mask_path)
+            mask = read_mask(mask_path, image.size)
+        elif self.task == TaskType.SEGMENTATION and row.label_index == LabelName.NORMAL:
+            mask = Image.new("L", image.size)
         if isinstance(self.augmentations, Resize):
             image = self.augmentations(image)
             mask = mask.resize(image.size, Image.Resampling.NEAREST) if mask else None
@@ -138,7 +149,7 @@ class SampleDataset(AnomalibDataset):
             gt_mask=gt_mask,
             gt_label=None if row.label_index == LabelName.UNKNOWN else torch.tensor(int(row.label_index)),
             image_path=str(row.image_path),
-            mask_path=row.mask_path or None,
+            mask_path=mask_path,
         )
 
 
@@ -146,7 +157,7 @@ class SupportViews(SampleDataset):
     """All views of the support images, view by view: first every image itself, then every image turned, and so on."""
 
     def __init__(self, support: SampleDataset) -> None:
-        super().__init__(support.samples, support.class_name, support.augmentations, support._reader)
+        super().__init__(support.samples, support.class_name, support.augmentations, support.reader)
         self._read_items: dict[int, ImageItem] = {}
 
     @property
@@ -170,7 +181,7 @@ class SupportViews(SampleDataset):
         if self.augmentations is None or isinstance(self.augmentations, Resize):
             self._read_items[row] = item  # the same in every epoch
         seen = ImageItem(
-            image=view(item.image, which),
+            image=view(cast("torch.Tensor", item.image), which),
             gt_mask=None,
             gt_label=item.gt_label,
             image_path=item.image_path,
@@ -178,8 +189,7 @@ class SupportViews(SampleDataset):
         )
         if item.gt_mask is not None:
             seen.gt_mask = Mask(view(item.gt_mask[None].float(), which)[0] > 0.5).to(torch.uint8)
-        seen.class_name = item.class_name
-        return seen
+        return _called(seen, self.class_name)
 
 
 class ConcatDataset(AnomalibDataset):
@@ -206,14 +216,13 @@ class ConcatDataset(AnomalibDataset):
     @property
     def samples(self) -> DataFrame:
         """All samples, part by part."""
-        import pandas as pd
-
         samples = pd.concat([part.samples for part in self.parts], ignore_index=True)
-        samples.attrs = {"task": "segmentation" if any(p.task == "segmentation" for p in self.parts) else "classification"}
+        with_masks = TaskType.SEGMENTATION in {part.task for part in self.parts}
+        samples.attrs = {"task": (TaskType.SEGMENTATION if with_masks else TaskType.CLASSIFICATION).value}
         return samples
 
     @samples.setter
-    def samples(self, samples: DataFrame) -> None:
+    def samples(self, _samples: DataFrame) -> None:
         msg = "A concatenation has the samples of its parts."
         raise AttributeError(msg)
 
@@ -244,10 +253,17 @@ def collate(items: list[ImageItem]) -> ImageBatch:
     Raises:
         ValueError: The items come from data sets with different nouns.
     """
-    nouns = {item.class_name for item in items}
+    nouns = {class_name_of(item) for item in items}
     if len(nouns) > 1:
         msg = f"A batch mixes data sets called {sorted(map(str, nouns))}; it must come from one."
         raise ValueError(msg)
-    batch = ImageBatch.collate(items)
-    batch.class_name = nouns.pop()
-    return batch
+    return _called(cast("ImageBatch", ImageBatch.collate(items)), nouns.pop())
+
+
+_Named = TypeVar("_Named", ImageItem, ImageBatch)
+
+
+def _called(item: _Named, class_name: str | None) -> _Named:
+    """Give an item or a batch the noun that the contract lets it carry."""
+    item.class_name = class_name  # type: ignore[attr-defined]  # no field of anomalib's
+    return item

@@ -235,6 +235,8 @@ class Phantom(BMADOneClass):
         num_workers: Processes that load images.
     """
 
+    seed: int
+
     def __init__(
         self,
         root: Path | str = "./datasets/Phantom",

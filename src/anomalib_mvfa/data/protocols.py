@@ -1,12 +1,12 @@
 """Protocols over any anomalib datamodule: which of its images train, validate and test."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from anomalib.data import AnomalibDataModule, AnomalibDataset, get_datamodule
+from anomalib.data import AnomalibDataModule, get_datamodule
 from anomalib.data.utils import LabelName, TestSplitMode, ValSplitMode
 from pandas import DataFrame
 from torch.utils.data import DataLoader
@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import Transform
 from ..contract import FEW_SHOT, LEAVE_ONE_OUT, Protocol
 from .dataset import ConcatDataset, SampleDataset, SupportViews
 from .samplers import eval_loader, train_loader
-from .support import KINDS, draw, group_of, pick, read_support_list, same_content
+from .support import KINDS, draw, group_of, pick, read_support_list, same_content, set_aside
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -27,6 +27,7 @@ class _Protocol(AnomalibDataModule):
     """What protocols share: they split by themselves, and load in an order of their own."""
 
     protocol: Protocol
+    seed: int
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class _Protocol(AnomalibDataModule):
             augmentations=augmentations,
             test_split_mode=TestSplitMode.NONE,
             val_split_mode=ValSplitMode.NONE,
-            seed=seed,
+            seed=_at_least("seed", seed, 0),
         )
 
     def _create_test_split(self) -> None:
@@ -71,8 +72,9 @@ class FewShot(_Protocol):
     """K normal and K abnormal labelled images of a data set (the support), in 11 views, to train on.
 
     The support is taken out of the source's validation images; test images stay as they are. A source without
-    validation images of its own has a part of its test images (``val_split_ratio``, a half by default) set aside as
-    such first, drawn from the seed.
+    validation images of its own has a part of its test images (its ``val_split_ratio``, a half by default) set aside
+    as such first, drawn from the seed; ``support_list`` may then name any of the test images, which are taken out
+    before.
 
     Args:
         source: Any anomalib datamodule, or a mapping with its ``class_path`` and ``init_args``.
@@ -82,7 +84,7 @@ class FewShot(_Protocol):
         support_list: File that names the support, or folder with ``<category>/<K>-shot.txt``, in the published form;
             by default the support is drawn from the seed.
         group_by: Regular expression on image paths whose match (or first group) names a patient, say. No group is then
-            in more than one of support, validation and test.
+            in more than one of support, validation and test: validation images that share one are left out.
         train_batch_size: Views in a training batch; the published code trains with 1, and larger batches did worse.
         eval_batch_size: Images in a validation or test batch.
         num_workers: Processes that load validation and test images.
@@ -157,90 +159,92 @@ class FewShot(_Protocol):
         return train_loader(self.train_data, self.train_batch_size, self.seed, num_workers=0)
 
     def _setup(self, _stage: str | None = None) -> None:
-        _set_up_source(self.source, self.seed)
-        pool, test = self.source.val_data.samples, self.source.test_data.samples
-        support = self._choose(pool, test)
-        chosen = set(support.image_path)
-        support_groups = self._groups(support)
-        taken = support_groups | self._groups(test)
-        if self.group_by:
-            rest = pool[[group_of(path, self.group_by) not in taken for path in pool.image_path]]
-        else:
-            rest = pool[~pool.image_path.isin(chosen)]
-        if len(rest) < len(pool) - len(support):
-            logger.info("%d validation images share a group with support or test and are left out.", len(pool) - len(support) - len(rest))
+        has_validation = _set_up(self.source, self.seed)
+        dataset = self.source.val_data if has_validation else self.source.test_data
+        pool, test = dataset.samples, self.source.test_data.samples
+        support = self._named(pool) if self.support_list else None
+        if not has_validation:
+            rest = pool if support is None else self._without(pool, self._groups(support))
+            test, pool = _set_aside(self.source, rest, self.seed, self.group_by)
+        if support is None:
+            support = self._drawn(pool if not self.group_by else self._without(pool, self._groups(test)))
+        elif self.group_by and (shared := self._groups(support) & self._groups(test)):
+            msg = (
+                f"support_list={str(self.support_list)!r} names images of {sorted(shared)}, which are tested too "
+                f"(group_by={self.group_by!r}). Name images of other groups."
+            )
+            raise ValueError(msg)
+        val = self._without(pool, self._groups(support) | (self._groups(test) if self.group_by else set()))
+        _check_disjoint(support, val, test)
 
-        self._check_disjoint(support, rest, test)
-        dataset = self.source.val_data
         self.support = SupportViews(SampleDataset.of(dataset, support, self.class_name))
         # Methods that learn from normal images augment by themselves; the views are MVFA's augmentation.
         self.train_data = self.support if self.abnormal_shots else SampleDataset.of(dataset, support, self.class_name)
-        self.val_data = SampleDataset.of(dataset, rest, self.class_name)
+        self.val_data = SampleDataset.of(dataset, val, self.class_name)
         self.test_data = SampleDataset.of(self.source.test_data, test, self.class_name)
         logger.info(
-            "Support of %s: %s.",
+            "Support of %s: %s. Beside it, %d images validate and %d test.",
             self.category or self.name,
             ", ".join(Path(path).name for path in support.image_path),
+            len(val),
+            len(test),
         )
 
     def _update_augmentations(self) -> None:
         super()._update_augmentations()
         self.support.augmentations = self.train_data.augmentations
 
-    def _choose(self, pool: DataFrame, test: DataFrame) -> DataFrame:
-        """Return the support: normal images, then abnormal ones."""
-        counts = {LabelName.NORMAL: self.k_shot, LabelName.ABNORMAL: self.abnormal_shots}
-        test_groups = self._groups(test)
-        names = read_support_list(self.support_list, self.category, self.k_shot) if self.support_list else None
+    def _kinds(self, pool: DataFrame) -> Iterator[tuple[LabelName, DataFrame, int]]:
+        """Yield kinds that the support has, the images to choose from, and how many."""
+        for kind, count in ((LabelName.NORMAL, self.k_shot), (LabelName.ABNORMAL, self.abnormal_shots)):
+            if count:
+                yield kind, pool[pool.label_index == kind], count
+
+    def _named(self, pool: DataFrame) -> DataFrame:
+        """Return the support that the list names: normal images, then abnormal ones."""
+        names = read_support_list(str(self.support_list), self.category, self.k_shot)
+        where = f"support_list={str(self.support_list)!r}"
+        return pd.concat(
+            [
+                pick(images, names[kind], count, f"{where} ({KINDS[kind][0]})")
+                for kind, images, count in self._kinds(pool)
+            ],
+            ignore_index=True,
+        )
+
+    def _drawn(self, pool: DataFrame) -> DataFrame:
+        """Return the support that the seed draws: normal images, then abnormal ones."""
         chosen = []
-        for kind, count in counts.items():
-            if not count:
-                continue
-            word = KINDS[kind][0]
-            of_kind = pool[pool.label_index == kind]
-            if names is not None:
-                picked = pick(of_kind, names[kind], count, f"support_list={str(self.support_list)!r} ({word})")
-                clash = self._groups(picked) & test_groups if self.group_by else set()
-                if clash:
-                    msg = f"Support images of {sorted(clash)} belong to groups that are tested too (group_by={self.group_by!r})."
-                    raise ValueError(msg)
-                chosen.append(picked)
-                continue
-            free = of_kind
-            if self.group_by:
-                free = of_kind[[group_of(path, self.group_by) not in test_groups for path in of_kind.image_path]]
-            if len(free) < count:
+        for kind, images, count in self._kinds(pool):
+            if len(images) < count:
+                argument = "k_shot" if kind == LabelName.NORMAL else "abnormal_shots"
+                grouped = f" in groups of their own (group_by={self.group_by!r})" if self.group_by else ""
                 msg = (
-                    f"{'k_shot' if kind == LabelName.NORMAL else 'abnormal_shots'}={count}: only {len(free)} {word} "
-                    f"validation images of {self.category or self.name} can be support. Choose at most {len(free)}."
+                    f"{argument}={count} is too large: {self.category or self.name} has {len(images)} "
+                    f"{KINDS[kind][0]} validation images{grouped}. Choose at most {len(images)}, or give a source with "
+                    "more, for instance by its val_split_mode='from_test' and val_split_ratio."
                 )
                 raise ValueError(msg)
-            chosen.append(draw(free, count, self.seed))
+            chosen.append(draw(images, count, self.seed))
         return pd.concat(chosen, ignore_index=True)
 
     def _groups(self, samples: DataFrame) -> set[str]:
         return {group_of(path, self.group_by) for path in samples.image_path}
 
-    def _check_disjoint(self, support: DataFrame, val: DataFrame, test: DataFrame) -> None:
-        twins = same_content(support.image_path, [*val.image_path, *test.image_path])
-        if twins:
-            shown = "; ".join(f"{one} = {other}" for one, other in twins[:3])
-            msg = (
-                f"{len(twins)} support images appear in validation or test again, under the same or another name: {shown}. "
-                "Remove the duplicates, or choose another seed or support_list."
-            )
-            raise ValueError(msg)
+    def _without(self, samples: DataFrame, groups: set[str]) -> DataFrame:
+        return samples.loc[[group_of(path, self.group_by) not in groups for path in samples.image_path]]
 
 
 class LeaveOneOut(_Protocol):
     """Learn from the labelled test images of all sources but one, and test on that one, of which nothing is learnt.
 
     Every training batch comes from one source, with that source's noun and masks; validation shows the validation
-    images of the training sources.
+    images of the training sources. Those of them without validation images of their own have a part of their test
+    images (``val_split_ratio``, a half by default) set aside as such, drawn from the seed.
 
     Args:
         sources: Anomalib datamodules, or mappings with their ``class_path`` and ``init_args``.
-        held_out: Category of the source that is tested; the first one's by default.
+        held_out: Category of the source that is tested, or its name if it has no category; the first one's by default.
         train_batch_size: Images in a training batch.
         eval_batch_size: Images in a validation or test batch.
         num_workers: Processes that load images.
@@ -287,9 +291,12 @@ class LeaveOneOut(_Protocol):
         )
         resolved = [_resolve(source) for source in sources]
         categories = [source.category or source.name for source in resolved]
-        held_out = held_out or (categories[0] if categories else None)
+        held_out = held_out or next(iter(categories), "")
         if len(resolved) < 2 or categories.count(held_out) != 1:
-            msg = f"held_out={held_out!r} must be the category of one of at least two sources; the sources' are {categories}."
+            msg = (
+                f"held_out={held_out!r} must be the category of one of at least two sources; the sources' are "
+                f"{categories}."
+            )
             raise ValueError(msg)
         self.target = resolved.pop(categories.index(held_out))
         self.training = resolved
@@ -301,8 +308,8 @@ class LeaveOneOut(_Protocol):
         return self.target.name
 
     @property
-    def class_name(self) -> str | None:
-        """The held-out source's noun for prompts, if it has one."""
+    def class_name(self) -> str:
+        """The held-out source's noun for prompts, by default its category."""
         return _noun(self.target)
 
     def prepare_data(self) -> None:
@@ -315,19 +322,23 @@ class LeaveOneOut(_Protocol):
         return train_loader(self.train_data, self.train_batch_size, self.seed, self.num_workers)
 
     def _setup(self, _stage: str | None = None) -> None:
-        for source in (*self.training, self.target):
-            _set_up_source(source, self.seed)
-        self.train_data = ConcatDataset([_whole(source.test_data, _noun(source)) for source in self.training])
-        self.val_data = ConcatDataset([_whole(source.val_data, _noun(source)) for source in self.training])
-        self.test_data = _whole(self.target.test_data, _noun(self.target))
+        train, val = [], []
+        for source in self.training:
+            has_validation = _set_up(source, self.seed)
+            dataset = source.val_data if has_validation else source.test_data
+            learnt, validating = source.test_data.samples, dataset.samples
+            if not has_validation:
+                learnt, validating = _set_aside(source, learnt, self.seed)
+            train.append(SampleDataset.of(source.test_data, learnt, _noun(source)))
+            val.append(SampleDataset.of(dataset, validating, _noun(source)))
+        self.train_data, self.val_data = ConcatDataset(train), ConcatDataset(val)
+        self.target.val_split_mode = ValSplitMode.NONE  # of the target, all is tested
+        _set_up(self.target, self.seed)
+        self.test_data = SampleDataset.of(self.target.test_data, self.target.test_data.samples, _noun(self.target))
 
 
-def _whole(dataset: AnomalibDataset, class_name: str | None) -> SampleDataset:
-    return SampleDataset.of(dataset, dataset.samples, class_name)
-
-
-def _noun(source: AnomalibDataModule) -> str | None:
-    return getattr(source, "class_name", None) or source.category.replace("_", " ") or None
+def _noun(source: AnomalibDataModule) -> str:
+    return getattr(source, "class_name", None) or (source.category or source.name).replace("_", " ")
 
 
 def _resolve(source: Source) -> AnomalibDataModule:
@@ -339,18 +350,42 @@ def _resolve(source: Source) -> AnomalibDataModule:
     raise ValueError(msg)
 
 
-def _set_up_source(source: AnomalibDataModule, seed: int) -> None:
-    """Set a source up, with validation images of its own."""
-    if source.val_split_mode in {ValSplitMode.NONE, ValSplitMode.SAME_AS_TEST}:
-        logger.info(
-            "%s has no validation images of its own: %d %% of its test images become such, drawn with seed %d.",
-            source.name,
-            round(100 * source.val_split_ratio),
-            seed,
-        )
-        source.val_split_mode = ValSplitMode.FROM_TEST
-        source.seed = seed
+def _set_up(source: AnomalibDataModule, seed: int) -> bool:
+    """Set a source up; return whether it has validation images of its own, or else all its labelled ones in test."""
+    has_validation = source.val_split_mode not in {ValSplitMode.NONE, ValSplitMode.SAME_AS_TEST, ValSplitMode.FROM_TEST}
+    if not has_validation:
+        source.val_split_mode = ValSplitMode.NONE
+    if source.seed is None:
+        source.seed = seed  # else every process would split by itself
     source.setup()
+    return has_validation
+
+
+def _set_aside(
+    source: AnomalibDataModule,
+    test: DataFrame,
+    seed: int,
+    group_by: str | None = None,
+) -> tuple[DataFrame, DataFrame]:
+    """Split test images of a source into those that stay and those that validate."""
+    logger.info(
+        "%s has no validation images of its own: %.0f %% of its test images become such, drawn with seed %d.",
+        source.category or source.name,
+        100 * source.val_split_ratio,
+        seed,
+    )
+    return set_aside(test, source.val_split_ratio, seed, group_by)
+
+
+def _check_disjoint(support: DataFrame, val: DataFrame, test: DataFrame) -> None:
+    twins = same_content(support.image_path, [*val.image_path, *test.image_path])
+    if twins:
+        shown = "; ".join(f"{one} = {other}" for one, other in twins[:3])
+        msg = (
+            f"{len(twins)} support images appear in validation or test again, under the same or another name: {shown}. "
+            "Remove the duplicates, or choose another seed or support_list."
+        )
+        raise ValueError(msg)
 
 
 def _at_least(name: str, value: int, least: int) -> int:

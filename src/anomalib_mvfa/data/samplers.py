@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch.distributed as dist
+from anomalib.data import AnomalibDataset
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from .dataset import ConcatDataset, collate
 
@@ -28,6 +29,8 @@ class OneDatasetBatches(DistributedSampler):
         batch_size: Of one process.
         seed: With the epoch it determines the order; None keeps the order of the files, and repeats no image.
     """
+
+    dataset: ConcatDataset
 
     def __init__(self, dataset: ConcatDataset, batch_size: int, seed: int | None) -> None:
         world, rank = _ranks()
@@ -60,17 +63,17 @@ class OneDatasetBatches(DistributedSampler):
         return sum(1 for _ in self.__iter__())
 
 
-def train_loader(dataset: Dataset, batch_size: int, seed: int, num_workers: int) -> DataLoader:
+def train_loader(dataset: AnomalibDataset, batch_size: int, seed: int, num_workers: int) -> DataLoader:
     """Return a loader that is reshuffled every epoch, as a function of (seed, epoch)."""
     if isinstance(dataset, ConcatDataset):
         sampler = OneDatasetBatches(dataset, batch_size, seed)
         return DataLoader(dataset, batch_size=None, sampler=sampler, collate_fn=collate, num_workers=num_workers)
     world, rank = _ranks()
-    shuffled = DistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed)
+    shuffled: DistributedSampler = DistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed)
     return DataLoader(dataset, batch_size, sampler=shuffled, collate_fn=dataset.collate_fn, num_workers=num_workers)
 
 
-def eval_loader(dataset: Dataset, batch_size: int, num_workers: int) -> DataLoader:
+def eval_loader(dataset: AnomalibDataset, batch_size: int, num_workers: int) -> DataLoader:
     """Return a loader that shows every image once, over all processes."""
     if isinstance(dataset, ConcatDataset):
         batches = OneDatasetBatches(dataset, batch_size, seed=None)

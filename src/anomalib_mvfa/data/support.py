@@ -1,4 +1,4 @@
-"""Which images are the support: drawn from a seed, or named in a list of the published form."""
+"""Which images are the support, drawn from a seed or named in a published list, and how groups are kept apart."""
 
 import hashlib
 import re
@@ -53,40 +53,69 @@ def read_support_list(path: str | Path, category: str, k_shot: int) -> dict[Labe
 
 
 def pick(pool: DataFrame, names: list[str], count: int, where: str) -> DataFrame:
-    """Return the samples with these file names, in this order.
+    """Return the samples with these file names.
 
     Args:
         pool: Samples to pick from, of one kind.
-        names: File names.
+        names: File names, or as much of the end of the paths as tells files of the same name apart.
         count: How many there should be.
         where: What names them, for errors.
 
     Raises:
-        ValueError: A name is not in the pool, or their number is another.
+        ValueError: A name is not in the pool or fits several files, or their number is another.
     """
-    by_name = {Path(path).name: row for row, path in enumerate(pool.image_path)}
-    missing = [name for name in names if name not in by_name]
+    paths = ["/" + Path(path).as_posix() for path in pool.image_path]
+    rows = {name: [row for row, path in enumerate(paths) if path.endswith(f"/{name}")] for name in names}
+    missing = [name for name, found in rows.items() if not found]
     if missing:
-        msg = f"{where} names {missing}, which {'is' if len(missing) == 1 else 'are'} not among the {len(pool)} images to pick from."
+        msg = f"{where} names {missing}, not among the {len(pool)} images to pick from. Correct the list."
         raise ValueError(msg)
-    if len(set(names)) != count:
-        msg = f"{where} names {len(set(names))} different images where {count} are asked for. Change k_shot or the list."
+    unclear = {name: [pool.image_path.iloc[row] for row in found] for name, found in rows.items() if len(found) > 1}
+    if unclear:
+        msg = f"{where} names files that exist several times: {unclear}. Put the folder before the name: folder/name."
         raise ValueError(msg)
-    return pool.iloc[[by_name[name] for name in names]].reset_index(drop=True)
+    if len(rows) != count:
+        msg = f"{where} names {len(rows)} different images where {count} are asked for. Change k_shot or the list."
+        raise ValueError(msg)
+    return pool.iloc[[row for (row,) in rows.values()]].reset_index(drop=True)
 
 
-def group_of(path: str, pattern: str | None) -> str:
+def set_aside(samples: DataFrame, share: float, seed: int, group_by: str | None) -> tuple[DataFrame, DataFrame]:
+    """Split samples in two by whole groups, drawn from the seed.
+
+    Args:
+        samples: The samples.
+        share: Of the groups of every kind (all normal, all abnormal, mixed) that is set aside.
+        seed: Of the draw.
+        group_by: See :func:`group_of`.
+
+    Returns:
+        What stays, and what is set aside.
+    """
+    groups = samples.image_path.map(lambda path: group_of(path, group_by))
+    kinds = samples.groupby(groups).label_index.agg(lambda labels: labels.min() + labels.max())
+    rng = np.random.default_rng(seed)
+    aside: set[str] = set()
+    for _, names in sorted(kinds.groupby(kinds).groups.items()):
+        aside.update(rng.permutation(sorted(names))[: int(share * len(names))])
+    is_aside = groups.isin(aside)
+    return samples[~is_aside], samples[is_aside]
+
+
+def group_of(path: str, group_by: str | None) -> str:
     """Return the group (a patient, say) of an image: what the pattern's first group, or else the pattern, matches.
+
+    Without a pattern, every image is a group of its own.
 
     Raises:
         ValueError: The pattern matches nowhere in the path.
     """
     posix = Path(path).as_posix()
-    if pattern is None:
+    if group_by is None:
         return posix
-    match = re.search(pattern, posix)
+    match = re.search(group_by, posix)
     if match is None:
-        msg = f"group_by={pattern!r} matches nothing in {posix}. It must match the path of every image."
+        msg = f"group_by={group_by!r} matches nothing in {posix}. It must match the path of every image."
         raise ValueError(msg)
     return match.group(1) if match.re.groups else match.group(0)
 

@@ -38,6 +38,7 @@ BETAS = (0.5, 0.999)
 LIGHTNING_MAX_EPOCHS = 1000
 """What Lightning trains for when it is told nothing."""
 SUPPORT_BATCH = 16
+ONNX_OPSET = 18
 BACKBONE_PREFIX = "model.backbone."
 BANK_PREFIX = "model.bank."
 
@@ -482,14 +483,20 @@ class Mvfa(AnomalibModule):
         self._thresholds_are_set = saved["thresholds_are_set"]
 
     def to_torch(self, *args, **kwargs) -> Path:  # noqa: ANN002, ANN003
-        """Export as anomalib does."""
+        """Export as anomalib does, with weights that ask for no gradient."""
         self._refuse_test_ranges("export")
-        return super().to_torch(*args, **kwargs)
+        learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        try:
+            self.requires_grad_(False)
+            return super().to_torch(*args, **kwargs)
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
 
     def to_onnx(self, *args, **kwargs) -> Path:  # noqa: ANN002, ANN003
-        """Export as anomalib does."""
+        """Export as anomalib does, in the operator set that torch writes: converting it to an older one fails."""
         self._refuse_test_ranges("export")
-        return super().to_onnx(*args, **kwargs)
+        return super().to_onnx(*args, **{"opset_version": ONNX_OPSET, **kwargs})
 
     def to_openvino(self, *args, **kwargs) -> Path:  # noqa: ANN002, ANN003
         """Export as anomalib does."""

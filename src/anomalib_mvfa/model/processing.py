@@ -1,12 +1,16 @@
 """Anomalib's pre- and post-processor, in the forms that MVFA needs."""
 
-import copy
 from typing import Any
 
 import torch
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
+from torch import nn
 from torchvision.transforms.v2 import InterpolationMode, Resize
+
+
+CUBIC = -0.5
+"""Coefficient of the cubic kernel, as Pillow and torch's antialiased resize have it."""
 
 
 class AntialiasedPreProcessor(PreProcessor):
@@ -20,12 +24,41 @@ class AntialiasedPreProcessor(PreProcessor):
 
     def __init__(self, image_size: int) -> None:
         super().__init__(Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC, antialias=True))
-        self.export_transform = copy.deepcopy(self.transform)
+        self.export_transform = Squash(image_size)
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Restore the transform of a checkpoint, antialiased on export as well."""
         super().load_checkpoint_config(config)
-        self.export_transform = copy.deepcopy(self.transform)
+        self.export_transform = Squash(self.transform.size[0])
+
+
+class Squash(nn.Module):
+    """The pre-processor's resize, as products with matrices: OpenVINO's own cubic resize ignores antialiasing.
+
+    Args:
+        size: Height and width of the result in pixels.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Resize images ``(B, C, H, W)`` to ``(B, C, size, size)``."""
+        rows, columns = (_resize_matrix(length, self.size, image) for length in image.shape[-2:])
+        return rows @ image @ columns.T
+
+
+def _resize_matrix(length: int, size: int, like: torch.Tensor) -> torch.Tensor:
+    """Return weights ``(size, length)`` of input pixels in output pixels: a cubic kernel, widened when shrinking."""
+    pixel = torch.arange(length, device=like.device, dtype=like.dtype) + 0.5
+    step = (pixel[-1] + 0.5) / size  # of tensors, so that exported models do not fix whether images shrink
+    centre = (torch.arange(size, device=like.device, dtype=like.dtype) + 0.5) * step
+    x = (pixel - centre.unsqueeze(1)).abs() / step.clamp(min=1)
+    near = ((CUBIC + 2) * x - (CUBIC + 3)) * x * x + 1
+    far = CUBIC * (((x - 5) * x + 8) * x - 4)
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 class ThresholdScaledPostProcessor(PostProcessor):

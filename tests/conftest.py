@@ -1,0 +1,48 @@
+"""What tests share: a tiny CLIP with reference figures, a tinier one without, and a small data set."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from recipe import MINI, TINY, ClipFiles, write_clip, write_config, write_support_list
+
+from anomalib_mvfa.data.phantom import write_phantom
+from anomalib_mvfa.model.torch_model import MvfaModel
+
+
+@pytest.fixture(scope="session")
+def mini_clip(tmp_path_factory: pytest.TempPathFactory) -> ClipFiles:
+    """Return the paths ``config``, ``weights`` and ``adapters`` of the CLIP of ``figures/mini.json``, for 70 px images."""
+    return write_clip(tmp_path_factory.mktemp("mini_clip"), MINI)
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the path of a model config of 4 blocks, for use with ``pretrained=None``."""
+    return write_config(tmp_path_factory.mktemp("tiny_clip") / "tiny.json", TINY)
+
+
+@pytest.fixture
+def tiny_model(tiny_config: Path) -> MvfaModel:
+    """Return a model with random weights, for 56 px images (G = 4), in eval mode and without bank or ranges."""
+    model = MvfaModel(str(tiny_config), pretrained=None, image_size=TINY.image_size).eval()
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(model.backbone.joint_width, 2, generator=generator)
+    model.text_features.copy_(torch.nn.functional.normalize(features, dim=0))
+    return model
+
+
+@pytest.fixture(scope="session")
+def phantom_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the root of a data set in BMAD's layout, of 64 px images; read it, and write nothing there."""
+    root = tmp_path_factory.mktemp("phantom_root")
+    write_phantom(root, size=64, train=4, valid=6, test=4)
+    return root
+
+
+@pytest.fixture(scope="session")
+def support_lists(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with ``Brain/2-shot.txt``, a support list of the published form that fits ``phantom_root``."""
+    folder = tmp_path_factory.mktemp("support_lists")
+    write_support_list(folder, "Brain", normal=["004.png", "001.png"], abnormal=["000.png", "005.png"])
+    return folder

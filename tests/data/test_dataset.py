@@ -1,0 +1,301 @@
+"""Reading is the published code's: 8-bit RGB, squashed by Pillow, masks nearest, threshold in the middle."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anomalib.data import Folder, MVTecLOCO
+from PIL import Image
+from torchvision.transforms.v2 import Compose, InterpolationMode, RandomHorizontalFlip, Resize
+
+from anomalib_mvfa.contract import class_name_of
+from anomalib_mvfa.data.augmentation import view
+from anomalib_mvfa.data.dataset import ConcatDataset, SampleDataset, SupportViews, collate, read_image, read_mask
+
+RESIZE = Resize((24, 24), interpolation=InterpolationMode.BICUBIC, antialias=True)
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.fixture
+def samples(tmp_path):
+    """Two normal and two abnormal images of different sizes, the latter with masks."""
+    rows = []
+    for i, size in enumerate([(40, 50), (64, 33), (40, 50), (48, 48)]):
+        image, mask = tmp_path / f"image{i}.png", tmp_path / f"mask{i}.png"
+        Image.fromarray(noise(*size, 3, seed=i)).save(image)
+        if i >= 2:
+            Image.fromarray(noise(*size, seed=10 + i)).save(mask)
+        rows.append(
+            {
+                "image_path": str(image),
+                "mask_path": str(mask) if i >= 2 else "",
+                "label_index": i // 2,
+                "split": "test",
+            }
+        )
+    frame = pd.DataFrame(rows)
+    frame.attrs["task"] = "segmentation"
+    return frame
+
+
+def as_task(samples, task):
+    samples = samples.copy()
+    samples.attrs = {"task": task}
+    return samples
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_every_8_bit_mode_is_read_as_rgb(tmp_path, mode):
+    suffix = {"CMYK": ".jpg", "YCbCr": ".tif"}.get(mode, ".png")
+    smooth = Image.fromarray(noise(4, 4, 3)).resize((32, 32), Image.Resampling.BICUBIC)
+    smooth.convert(mode).save(tmp_path / f"image{suffix}")
+    image = read_image(tmp_path / f"image{suffix}")
+    assert (image.mode, image.size) == ("RGB", (32, 32))
+    expected = np.asarray(smooth.convert(mode).convert("RGB"), dtype=int)
+    assert abs(np.asarray(image, dtype=int) - expected).mean() < 4  # JPEG loses a little
+
+
+DEEP = {
+    "grey.png": np.uint16,
+    "grey.tif": np.uint16,
+    "rgb.png": np.uint16,
+    "rgb.tif": np.uint16,
+    "int.tif": np.int32,
+    "float.tif": np.float32,
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deeper_images_are_refused(tmp_path, name):
+    values = (noise(8, 8).astype(np.uint16) * 13).astype(DEEP[name])
+    if name.startswith("rgb"):
+        cv2 = pytest.importorskip("cv2")
+        cv2.imwrite(str(tmp_path / name), np.stack([values] * 3, axis=-1))
+    else:
+        Image.fromarray(values).save(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name} has more than 8 bits a channel.*Convert it to 8 bits"):
+        read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", None], ids=["empty", "corrupt", "truncated"])
+def test_broken_files_are_named(tmp_path, content):
+    path = tmp_path / "broken.png"
+    if content is None:
+        Image.fromarray(noise(64, 64, 3)).save(path)
+        content = path.read_bytes()[:5000]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image \(.+\)\. Restore the file or take"):
+        read_image(path)
+
+
+def test_absent_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"gone\.png cannot be read as an image"):
+        read_image(tmp_path / "gone.png")
+
+
+def test_files_are_closed(tmp_path, recwarn):
+    Image.fromarray(noise(8, 8)).save(tmp_path / "a.tif", save_all=True, append_images=[Image.fromarray(noise(8, 8))])
+    read_image(tmp_path / "a.tif")
+    assert not [warning for warning in recwarn if warning.category is ResourceWarning]
+
+
+def test_masks_must_have_the_size_of_their_image(tmp_path):
+    Image.fromarray(noise(8, 9)).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match=r"Mask .*mask\.png is 9x8 pixels, its image 8x9\. They must agree\."):
+        read_mask(tmp_path / "mask.png", (8, 9))
+
+
+@pytest.mark.parametrize("highest", [1, 4, 127])
+def test_masks_of_class_numbers_are_refused(tmp_path, highest):
+    Image.fromarray(np.where(noise(8, 8) > 99, highest, 0).astype(np.uint8)).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match=rf"values up to {highest}, and only those above 127 .* 0 and 255"):
+        read_mask(tmp_path / "mask.png", (8, 8))
+
+
+def test_empty_masks_are_read(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "mask.png")
+    assert not np.asarray(read_mask(tmp_path / "mask.png", (8, 8))).any()
+
+
+# ------------------------------------------------------------------------------------------------------ SampleDataset
+
+
+def test_a_resize_equals_the_published_code(samples):
+    dataset = SampleDataset(samples, "Brain", RESIZE)
+    for i, item in enumerate(dataset[i] for i in range(4)):
+        with Image.open(samples.image_path[i]) as image:
+            squashed = np.asarray(image.convert("RGB").resize((24, 24), Image.Resampling.BICUBIC))
+        published = torch.from_numpy(squashed).permute(2, 0, 1) / 255
+        assert torch.equal(item.image, published)
+        assert item.gt_label == i // 2
+        assert (item.gt_mask.dtype, item.gt_mask.shape) == (torch.uint8, (24, 24))
+        if i < 2:
+            assert not item.gt_mask.any()
+        else:
+            with Image.open(samples.mask_path[i]) as mask:
+                nearest = np.asarray(mask.resize((24, 24), Image.Resampling.NEAREST)) / 255
+            assert torch.equal(item.gt_mask, torch.from_numpy(nearest > 0.5).to(torch.uint8))
+
+
+def test_without_augmentations_images_keep_their_size(samples):
+    item = SampleDataset(samples)[1]
+    assert item.image.shape == (3, 64, 33)
+    assert torch.equal(item.image, torch.from_numpy(noise(64, 33, 3, seed=1)).permute(2, 0, 1) / 255)
+
+
+def test_a_mask_is_abnormal_above_the_middle(samples):
+    values = np.array([[0, 127, 128, 255]], dtype=np.uint8)
+    Image.fromarray(values).save(samples.mask_path[2])
+    Image.fromarray(np.stack([values] * 3, axis=-1)).save(samples.image_path[2])
+    assert SampleDataset(samples)[2].gt_mask.tolist() == [[0, 0, 1, 1]]
+
+
+def test_other_augmentations_move_image_and_mask_alike(samples):
+    plain = SampleDataset(samples)[2]
+    flipped = SampleDataset(samples, augmentations=Compose([RandomHorizontalFlip(p=1)]))[2]
+    assert torch.equal(flipped.image, plain.image.flip(-1))
+    assert torch.equal(flipped.gt_mask, plain.gt_mask.flip(-1))
+
+
+def test_classification_has_no_masks(samples):
+    items = [SampleDataset(as_task(samples, "classification"), augmentations=RESIZE)[i] for i in range(4)]
+    assert [item.gt_mask for item in items] == [None] * 4
+    assert [item.mask_path for item in items] == [None] * 4
+    flipped = SampleDataset(as_task(samples, "classification"), augmentations=RandomHorizontalFlip(p=1))[0]
+    assert flipped.gt_mask is None
+
+
+def test_unknown_labels_are_none(samples):
+    samples.loc[0, "label_index"] = -1
+    item = SampleDataset(samples, augmentations=RESIZE)[0]
+    assert item.gt_label is None
+    assert item.gt_mask is None
+
+
+def test_items_and_batches_carry_the_noun(samples):
+    dataset = SampleDataset(samples, "retinal OCT", RESIZE)
+    assert class_name_of(dataset[0]) == "retinal OCT"
+    batch = dataset.collate_fn([dataset[0], dataset[3]])
+    assert class_name_of(batch) == "retinal OCT"
+    assert batch.image.shape == (2, 3, 24, 24)
+    assert batch.gt_mask.shape == (2, 24, 24)
+    assert batch.gt_label.tolist() == [0, 1]
+
+
+def test_a_batch_mixes_no_nouns(samples):
+    items = [SampleDataset(samples, noun, RESIZE)[0] for noun in ("Brain", "Liver")]
+    with pytest.raises(ValueError, match=r"A batch mixes data sets called \['Brain', 'Liver'\]; it must come from one"):
+        collate(items)
+
+
+# ----------------------------------------------------------------------------------------------- other data sets' items
+
+
+def test_anomalib_datasets_are_read_in_our_way(own_folder):
+    source = Folder(**own_folder["init_args"])
+    source.setup()
+    dataset = SampleDataset.of(source.test_data, source.test_data.samples[:3], "mine")
+    assert dataset.reader is None
+    assert len(dataset) == 3
+    assert dataset.task == "segmentation"
+    assert class_name_of(dataset[0]) == "mine"
+
+
+def test_a_dataset_with_a_form_of_its_own_reads_its_items(loco_root):
+    source = MVTecLOCO(root=loco_root)
+    source.setup()
+    own = source.test_data
+    chosen = own.samples[own.samples.label_index == 1][2:5]
+    dataset = SampleDataset.of(own, chosen, "box")
+    again = SampleDataset.of(dataset, dataset.samples[1:])
+    assert dataset.reader is not None
+    assert again.class_name == "box"
+    assert len(own) > len(dataset) == 3 > len(again) == 2
+    for part in (dataset, again):
+        part.augmentations = RESIZE
+        item = part[0]
+        whole = copy.copy(own)
+        whole.augmentations = RESIZE
+        index = list(own.samples.image_path).index(item.image_path)
+        assert torch.equal(item.gt_mask, whole[index].gt_mask)  # of both of its masks
+        assert torch.equal(item.image, whole[index].image)
+        assert class_name_of(item) == "box"
+    assert own.augmentations is None
+    views = SupportViews(dataset)
+    assert len(views) == 33
+    assert views[4].gt_mask.dtype == torch.uint8
+    assert torch.equal(views[0].gt_mask, dataset[0].gt_mask.to(torch.uint8))
+
+
+def test_split_synthetic_images_are_read(own_folder):
+    source = Folder(**own_folder["init_args"], val_split_mode="synthetic", seed=0)
+    source.setup()
+    dataset = SampleDataset.of(source.val_data, source.val_data.samples)
+    assert {int(dataset[i].gt_label) for i in range(len(dataset))} == {0, 1}
+
+
+# -------------------------------------------------------------------------------------------------------- SupportViews
+
+
+def test_views_come_view_by_view_with_masks_moved_alike(samples):
+    dataset = SampleDataset(samples, "Brain", RESIZE)
+    views = SupportViews(dataset)
+    assert len(views) == 44
+    for index in range(44):
+        which, row = divmod(index, 4)
+        item, source = views[index], dataset[row]
+        assert torch.equal(item.image, view(source.image, which))
+        assert torch.equal(item.gt_mask, (view(source.gt_mask[None].float(), which)[0] > 0.5).to(torch.uint8))
+        assert (item.gt_label, item.image_path) == (source.gt_label, source.image_path)
+        assert class_name_of(item) == "Brain"
+
+
+def test_views_without_masks_have_none(samples):
+    views = SupportViews(SampleDataset(as_task(samples, "classification"), augmentations=RESIZE))
+    assert all(views[index].gt_mask is None for index in range(44))
+
+
+def test_support_is_read_once_unless_augmentations_are_random(samples, monkeypatch):
+    reads = []
+    read = SampleDataset._read
+    monkeypatch.setattr(SampleDataset, "_read", lambda self, row: reads.append(row.image_path) or read(self, row))
+    views = SupportViews(SampleDataset(samples, augmentations=RESIZE))
+    for _ in range(3):
+        assert len([views[index] for index in range(44)]) == 44
+    assert len(reads) == 4
+    views.augmentations = Resize((20, 20))
+    assert views[0].image.shape == (3, 20, 20)
+    reads.clear()
+    views.augmentations = Compose([RandomHorizontalFlip(), RESIZE])
+    assert len([views[0] for _ in range(5)]) == len(reads) == 5
+
+
+# ------------------------------------------------------------------------------------------------------- ConcatDataset
+
+
+def test_a_concatenation_keeps_order_noun_and_masks_of_its_parts(samples):
+    parts = [SampleDataset(samples, "Brain"), SampleDataset(as_task(samples[:3], "classification"), "Chest")]
+    whole = ConcatDataset(parts)
+    whole.augmentations = RESIZE
+    assert all(part.augmentations is RESIZE for part in parts)
+    assert len(whole) == len(whole.samples) == 7
+    assert whole.task == "segmentation"
+    items = whole[[0, 3, 4, 6]]
+    assert [class_name_of(item) for item in items] == ["Brain", "Brain", "Chest", "Chest"]
+    assert [item.gt_mask is None for item in items] == [False, False, True, True]
+    assert whole.collate_fn(whole[[4, 5]]).gt_mask is None
+    assert ConcatDataset(parts[1:]).task == "classification"
+    with pytest.raises(IndexError):
+        whole[7]
+    with pytest.raises(AttributeError, match="has the samples of its parts"):
+        whole.samples = samples
+
+
