@@ -1,18 +1,23 @@
 """What tests share: a tiny CLIP with reference figures, a tinier one without, and a small data set."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from recipe import MINI, TINY, ClipFiles, write_clip, write_config, write_support_list
 
 from anomalib_mvfa.data.phantom import write_phantom
 from anomalib_mvfa.model.torch_model import MvfaModel
+from recipe import MINI, TINY, ClipFiles, write_clip, write_config, write_support_list
+
+# Arrays are small here, and threads would mostly wait for each other: up to 300 times as long on a busy machine.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of child processes
 
 
 @pytest.fixture(scope="session")
 def mini_clip(tmp_path_factory: pytest.TempPathFactory) -> ClipFiles:
-    """Return the paths ``config``, ``weights`` and ``adapters`` of the CLIP of ``figures/mini.json``, for 70 px images."""
+    """Return the paths ``config``, ``weights`` and ``adapters`` of ``figures/mini.json``'s CLIP, for 70 px images."""
     return write_clip(tmp_path_factory.mktemp("mini_clip"), MINI)
 
 

@@ -52,7 +52,7 @@ VITL = Clip(
 TINY = Clip(
     {
         "embed_dim": 24,
-        "vision_cfg": {"image_size": 3 * SIDE, "layers": 4, "width": 64, "patch_size": SIDE},
+        "vision_cfg": {"image_size": 3 * SIDE, "layers": 4, "width": 128, "patch_size": SIDE},
         "text_cfg": {**TEXT, "width": 16, "heads": 2, "layers": 1},
     },
     image_size=4 * SIDE,

@@ -12,7 +12,7 @@ from PIL import Image
 from anomalib_mvfa.data.phantom import write_phantom
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_category() -> Callable[..., Path]:
     """Return a function that writes a category of BMAD, in anomalib's layout or in the published one."""
 
@@ -39,16 +39,21 @@ def write_category() -> Callable[..., Path]:
     return write
 
 
-@pytest.fixture
-def bmad_root(tmp_path, write_category) -> Path:
-    """Return a root with four categories: both layouts, with and without masks, two of them OCT."""
-    root = tmp_path / "bmad"
-    root.mkdir()
+@pytest.fixture(scope="session")
+def bmad_template(tmp_path_factory, write_category) -> Path:
+    """Return what `bmad_root` copies."""
+    root = tmp_path_factory.mktemp("bmad_template")
     write_category(root, "Brain", 0)
     write_category(root, "Retina_RESC", 1, published=True)
     write_category(root, "Retina_OCT2017", 2, published=True, with_masks=False, suffix=".jpeg")
     write_category(root, "Chest", 3, with_masks=False, suffix=".JPG")
     return root
+
+
+@pytest.fixture
+def bmad_root(tmp_path, bmad_template) -> Path:
+    """Return a root, to do with as one likes, with four categories: both layouts, with and without masks, two OCT."""
+    return Path(shutil.copytree(bmad_template, tmp_path / "bmad"))
 
 
 def _slices(root: Path) -> tuple[list[Path], list[Path], list[Path]]:
@@ -132,28 +137,6 @@ def kolektor_root(tmp_path_factory, phantom_root) -> Path:
             _copy(_mask(path), root / f"kos{i:02d}" / "Part0_label.bmp")
         else:
             Image.new("L", (64, 64)).save(root / f"kos{i:02d}" / "Part0_label.bmp")
-    return root
-
-
-@pytest.fixture(scope="session")
-def loco_root(tmp_path_factory, phantom_root) -> Path:
-    """Return a root of MVTec LOCO's form with the category breakfast_box: abnormal images have two masks each."""
-    root = tmp_path_factory.mktemp("loco")
-    box = root / "breakfast_box"
-    train, normal, abnormal = _slices(phantom_root)
-    for split, paths in (("train", train), ("validation", normal[:2]), ("test", normal[2:])):
-        for i, path in enumerate(paths):
-            _copy(path, box / split / "good" / f"{i:03d}.png")
-    for i, path in enumerate(abnormal):
-        _copy(path, box / "test" / "logical_anomalies" / f"{i:03d}.png")
-        with Image.open(_mask(path)) as mask:
-            folder = box / "ground_truth" / "logical_anomalies" / f"{i:03d}"
-            folder.mkdir(parents=True)
-            left, right = mask.copy(), mask.copy()
-            left.paste(0, (32, 0, 64, 64))
-            right.paste(0, (0, 0, 32, 64))
-            left.save(folder / "000.png")
-            right.save(folder / "001.png")
     return root
 
 

@@ -1,14 +1,13 @@
 """Reading is the published code's: 8-bit RGB, squashed by Pillow, masks nearest, threshold in the middle."""
 
-import copy
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from anomalib.data import Folder, MVTecLOCO
+from anomalib.data import AnomalibDataset, Folder, ImageItem
 from PIL import Image
 from torchvision.transforms.v2 import Compose, InterpolationMode, RandomHorizontalFlip, Resize
+from torchvision.tv_tensors import Mask
 
 from anomalib_mvfa.contract import class_name_of
 from anomalib_mvfa.data.augmentation import view
@@ -19,6 +18,10 @@ RESIZE = Resize((24, 24), interpolation=InterpolationMode.BICUBIC, antialias=Tru
 
 def noise(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def unit(image):
+    return torch.from_numpy(image).permute(2, 0, 1) / 255
 
 
 @pytest.fixture
@@ -132,23 +135,22 @@ def test_a_resize_equals_the_published_code(samples):
     dataset = SampleDataset(samples, "Brain", RESIZE)
     for i, item in enumerate(dataset[i] for i in range(4)):
         with Image.open(samples.image_path[i]) as image:
-            squashed = np.asarray(image.convert("RGB").resize((24, 24), Image.Resampling.BICUBIC))
-        published = torch.from_numpy(squashed).permute(2, 0, 1) / 255
-        assert torch.equal(item.image, published)
+            squashed = np.array(image.convert("RGB").resize((24, 24), Image.Resampling.BICUBIC))
+        torch.testing.assert_close(torch.Tensor(item.image), unit(squashed), atol=1e-7, rtol=0)
         assert item.gt_label == i // 2
-        assert (item.gt_mask.dtype, item.gt_mask.shape) == (torch.uint8, (24, 24))
+        assert (item.gt_mask.dtype, item.gt_mask.shape) == (torch.bool, (24, 24))
         if i < 2:
             assert not item.gt_mask.any()
         else:
             with Image.open(samples.mask_path[i]) as mask:
                 nearest = np.asarray(mask.resize((24, 24), Image.Resampling.NEAREST)) / 255
-            assert torch.equal(item.gt_mask, torch.from_numpy(nearest > 0.5).to(torch.uint8))
+            assert torch.equal(item.gt_mask, torch.from_numpy(nearest > 0.5))
 
 
 def test_without_augmentations_images_keep_their_size(samples):
     item = SampleDataset(samples)[1]
     assert item.image.shape == (3, 64, 33)
-    assert torch.equal(item.image, torch.from_numpy(noise(64, 33, 3, seed=1)).permute(2, 0, 1) / 255)
+    torch.testing.assert_close(torch.Tensor(item.image), unit(noise(64, 33, 3, seed=1)), atol=1e-7, rtol=0)
 
 
 def test_a_mask_is_abnormal_above_the_middle(samples):
@@ -209,33 +211,47 @@ def test_anomalib_datasets_are_read_in_our_way(own_folder):
     assert class_name_of(dataset[0]) == "mine"
 
 
-def test_a_dataset_with_a_form_of_its_own_reads_its_items(loco_root):
-    source = MVTecLOCO(root=loco_root)
-    source.setup()
-    own = source.test_data
-    chosen = own.samples[own.samples.label_index == 1][2:5]
-    dataset = SampleDataset.of(own, chosen, "box")
+class InvertedDataset(AnomalibDataset):
+    """Reads items in a way of its own, with two masks an image (as MVTec LOCO has) that make one."""
+
+    def __init__(self, samples):
+        super().__init__()
+        self.samples = samples
+
+    def __getitem__(self, index):
+        row = self.samples.iloc[index]
+        image = 1 - unit(np.array(read_image(row.image_path)))
+        halves = torch.zeros(2, *image.shape[-2:], dtype=torch.bool)
+        halves[0, :8], halves[1, -8:] = True, True
+        mask = Mask(halves.any(dim=0))
+        image, mask = self.augmentations(image, mask) if self.augmentations else (image, mask)
+        label = torch.tensor(int(row.label_index))
+        return ImageItem(image=image, gt_mask=mask, gt_label=label, image_path=row.image_path)
+
+
+def test_a_dataset_with_a_form_of_its_own_reads_its_items(samples):
+    own = InvertedDataset(samples)
+    dataset = SampleDataset.of(own, samples[1:], "box")
     again = SampleDataset.of(dataset, dataset.samples[1:])
-    assert dataset.reader is not None
-    assert again.class_name == "box"
-    assert len(own) > len(dataset) == 3 > len(again) == 2
-    for part in (dataset, again):
-        part.augmentations = RESIZE
+    empty = SampleDataset.of(dataset, dataset.samples[:0])
+    assert [len(part) for part in (own, dataset, again, empty)] == [4, 3, 2, 0]
+    assert type(empty.reader) is InvertedDataset
+    for part, first in ((dataset, 1), (again, 2)):
+        assert part.class_name == "box"
         item = part[0]
-        whole = copy.copy(own)
-        whole.augmentations = RESIZE
-        index = list(own.samples.image_path).index(item.image_path)
-        assert torch.equal(item.gt_mask, whole[index].gt_mask)  # of both of its masks
-        assert torch.equal(item.image, whole[index].image)
         assert class_name_of(item) == "box"
+        assert torch.equal(item.image, own[first].image)
+        assert torch.equal(item.gt_mask, own[first].gt_mask)
+        part.augmentations = RESIZE
+        assert part[0].image.shape == (3, 24, 24)
     assert own.augmentations is None
     views = SupportViews(dataset)
     assert len(views) == 33
-    assert views[4].gt_mask.dtype == torch.uint8
-    assert torch.equal(views[0].gt_mask, dataset[0].gt_mask.to(torch.uint8))
+    assert views[4].gt_mask.shape == (24, 24)
+    assert torch.equal(views[0].gt_mask, dataset[0].gt_mask)
 
 
-def test_split_synthetic_images_are_read(own_folder):
+def test_synthetic_images_are_read(own_folder):
     source = Folder(**own_folder["init_args"], val_split_mode="synthetic", seed=0)
     source.setup()
     dataset = SampleDataset.of(source.val_data, source.val_data.samples)
@@ -253,7 +269,7 @@ def test_views_come_view_by_view_with_masks_moved_alike(samples):
         which, row = divmod(index, 4)
         item, source = views[index], dataset[row]
         assert torch.equal(item.image, view(source.image, which))
-        assert torch.equal(item.gt_mask, (view(source.gt_mask[None].float(), which)[0] > 0.5).to(torch.uint8))
+        assert torch.equal(item.gt_mask, view(source.gt_mask[None].float(), which)[0] > 0.5)
         assert (item.gt_label, item.image_path) == (source.gt_label, source.image_path)
         assert class_name_of(item) == "Brain"
 
@@ -297,5 +313,3 @@ def test_a_concatenation_keeps_order_noun_and_masks_of_its_parts(samples):
         whole[7]
     with pytest.raises(AttributeError, match="has the samples of its parts"):
         whole.samples = samples
-
-

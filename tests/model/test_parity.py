@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from recipe import MINI, VITL, Clip, adapter_weights, clip_weights, images, lesioned, write_config
 from sklearn.metrics import roc_auc_score
 
 from anomalib_mvfa.checkpoint import load_adapters
@@ -20,6 +19,7 @@ from anomalib_mvfa.model import backbone
 from anomalib_mvfa.model.fusion import Weights
 from anomalib_mvfa.model.losses import MvfaLoss, dice_loss, focal_loss
 from anomalib_mvfa.model.torch_model import MvfaModel, Scoring, SupportViews
+from recipe import MINI, VITL, Clip, adapter_weights, clip_weights, images, lesioned, write_config
 
 FIGURES = Path(__file__).parents[1] / "figures"
 NOUNS = {
@@ -51,8 +51,8 @@ class Figures:
         found = found.detach().numpy() if torch.is_tensor(found) else np.asarray(found)
         found = found.astype(np.float64)
         assert list(found.shape) == figure["shape"], key
-        samples = found.flatten()[:: figure["stride"]]
-        return float(np.abs(samples - self.values(key)).max() / figure["peak"])
+        difference = np.abs(found.flatten()[:: figure["stride"]] - self.values(key)).max()
+        return float(difference / figure["peak"]) if difference else 0.0  # an AUROC of 0 has no scale
 
     def check(self, key: str, found, tolerance: float) -> None:
         assert self.distance(key, found) <= tolerance, key
@@ -89,7 +89,7 @@ def views(image: torch.Tensor) -> torch.Tensor:
     return torch.stack([view(one, index) for index in range(VIEWS) for one in image])
 
 
-def check_scores(figures: Figures, key: str, model: MvfaModel, data: Images, bank: torch.Tensor, tolerance: float) -> None:
+def check_scores(figures: Figures, key: str, model, data: Images, bank: torch.Tensor, tolerance: float) -> None:
     """Compare all scores of the queries: of both branches, fused by their ranges over the queries, and as AUROCs."""
     model.eval()
     sources = [str(row % len(data.normal)) for row in range(len(bank))]
@@ -205,7 +205,8 @@ def test_one_epoch(mini, model, data, kind):
     mask = (views(data.mask.unsqueeze(1)) > 0.5).float().squeeze(1)
     mask = torch.cat([mask, torch.zeros_like(mask)])
     label = torch.tensor([1] * 22 + [0] * 22)
-    groups = [{"params": [p for p in a.parameters() if p.requires_grad]} for a in (model.seg_adapters, model.det_adapters)]
+    branches = (model.seg_adapters, model.det_adapters)
+    groups = [{"params": [p for p in branch.parameters() if p.requires_grad]} for branch in branches]
     adam = torch.optim.Adam(groups, lr=1e-3, betas=(0.5, 0.999))
 
     losses = []
@@ -232,7 +233,7 @@ def test_one_epoch(mini, model, data, kind):
 
 @pytest.mark.slow
 def test_vit_l(tmp_path, monkeypatch):
-    """Tokens, losses, gradients, maps and scores at the size that MVFA has. Takes a minute and 8 GB of memory."""
+    """Tokens, losses, gradients, maps and scores at the size that MVFA has. Takes two minutes and 5 GB of memory."""
     figures, data = Figures("vitl"), Images(VITL, support=1, queries=1)
     config = write_config(tmp_path / "vitl.json", VITL)
     monkeypatch.setattr(backbone, "_read_weights", lambda *_: clip_weights(VITL))  # spares the disk 2 GB
@@ -249,7 +250,7 @@ def test_vit_l(tmp_path, monkeypatch):
         figures.check(f"seg_tokens/{level}", tokens.seg[level][:, :8, :64], 1e-5)
         figures.check(f"det_tokens/{level}", tokens.det[level][:, :8, :64], 1e-5)
 
-    check_scores(figures, "init", model, data, data.normal, 5e-5)
+    check_scores(figures, "init", model, data, data.normal, 1e-4)
 
     image, mask, label = data.batch
     maps, scores = model.train()(image)

@@ -53,8 +53,8 @@ def category_folder(root: str | Path, category: str) -> Path:
         FileNotFoundError: It is not under the root.
     """
     check_categories(category)
-    folders = {name: [Path(root, name), Path(root, f"{name}_AD")] for name in CATEGORIES}
-    there = {name: path for name, paths in folders.items() for path in paths if path.is_dir()}
+    folders = [(name, Path(root, f"{name}{suffix}")) for name in CATEGORIES for suffix in ("_AD", "")]
+    there = {name: folder for name, folder in folders if folder.is_dir()}
     if category not in there:
         msg = (
             f"root={str(root)!r} holds neither {category} nor {category}_AD, but these categories: "

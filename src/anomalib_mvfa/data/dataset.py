@@ -188,7 +188,7 @@ class SupportViews(SampleDataset):
             mask_path=item.mask_path,
         )
         if item.gt_mask is not None:
-            seen.gt_mask = Mask(view(item.gt_mask[None].float(), which)[0] > 0.5).to(torch.uint8)
+            seen.gt_mask = Mask(view(item.gt_mask[None].float(), which)[0] > 0.5)
         return _called(seen, self.class_name)
 
 

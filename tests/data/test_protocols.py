@@ -1,0 +1,478 @@
+"""Few-shot and leave-one-out over any anomalib datamodule: who gets which image."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from anomalib.cli.cli import AnomalibCLI
+from anomalib.data import Folder, Kolektor, MVTecAD, Visa, get_datamodule
+from torchvision.transforms.v2 import Compose, RandomHorizontalFlip, Resize
+
+from anomalib_mvfa.contract import FEW_SHOT, LEAVE_ONE_OUT, class_name_of, describe
+from anomalib_mvfa.data import BMADFewShot, BMADLeaveOneOut, BMADOneClass, FewShot, LeaveOneOut, Phantom
+from anomalib_mvfa.data.support import group_of
+
+PATIENT = r"/p(\d)_"
+RESIZE = Resize((32, 32))
+
+
+def ready(datamodule):
+    datamodule.setup()
+    return datamodule
+
+
+def few_shot(source, **arguments):
+    return ready(FewShot(source, **{"k_shot": 2, "num_workers": 0, **arguments}))
+
+
+def paths(dataset):
+    return list(dataset.samples.image_path)
+
+
+def groups(dataset, pattern=PATIENT):
+    return {group_of(path, pattern) for path in paths(dataset)}
+
+
+def parts(data):
+    return data.support, data.val_data, data.test_data
+
+
+def assert_disjoint(data, contents):
+    hashes = [contents(paths(part)) for part in parts(data)]
+    assert [len(found) for found in hashes] == [len(part.samples) for part in parts(data)]
+    assert len(set.union(*hashes)) == sum(map(len, hashes))
+
+
+def through_cli(tmp_path, config, tiny_config):
+    """Return the datamodule that anomalib's command line makes of a YAML file."""
+    model = {"class_path": "Mvfa", "init_args": {"backbone": str(tiny_config), "pretrained": None}}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"model": model, "data": config, "default_root_dir": str(tmp_path)}))
+    return AnomalibCLI(["train", "--config", str(file)], run=False).datamodule
+
+
+# ------------------------------------------------------------------------------------------------- FewShot, any source
+
+
+@pytest.fixture(params=["phantom", "mvtec", "own", "visa", "kolektor"])
+def any_source(request, phantom_root, mvtec_root, own_folder, visa_root, kolektor_root):
+    """A source with its name, category, noun, and whether it has validation images of its own."""
+    return {
+        "phantom": (BMADOneClass(phantom_root, "Brain"), "BMAD", "Brain", "Brain", True),
+        "mvtec": (MVTecAD(mvtec_root, "metal_nut"), "MVTecAD", "metal_nut", "metal nut", False),
+        "own": (Folder(**own_folder["init_args"]), "own", "", "object", False),
+        "visa": (Visa(visa_root, "candle"), "Visa", "candle", "candle", False),
+        "kolektor": (Kolektor(kolektor_root), "Kolektor", "", "object", False),
+    }[request.param]
+
+
+def test_support_validation_and_test_share_no_image(any_source, contents):
+    source, name, category, noun, has_validation = any_source
+    data = few_shot(source, k_shot=1)
+    assert_disjoint(data, contents)
+    assert (data.name, data.category, describe(data).class_name) == (name, category, noun)
+    assert data.protocol is FEW_SHOT
+    assert data.support.samples.label_index.value_counts().to_dict() == {0: 1, 1: 1}
+    assert data.train_data is data.support
+    assert len(data.train_data) == 22
+    if has_validation:
+        own = ready(BMADOneClass(source.root, "Brain"))
+        assert paths(data.test_data) == paths(own.test_data)
+        assert sorted(paths(data.support) + paths(data.val_data)) == sorted(paths(own.val_data))
+    else:
+        assert len(data.test_data) - len(data.val_data) - 2 in {0, 1}
+    assert set(data.test_data.samples.label_index) == {0, 1}
+    assert data.task == "segmentation"
+    item = data.test_data[len(data.test_data) - 1]
+    assert item.gt_mask.any() == bool(item.gt_label)
+
+
+def test_the_split_is_the_same_in_every_process_and_follows_the_seed(any_source, monkeypatch):
+    source, *_ = any_source
+
+    def split(seed):
+        torch.manual_seed(split.calls)  # whatever the global state
+        split.calls += 1
+        return [paths(part) for part in parts(few_shot(source, k_shot=1, seed=seed))]
+
+    split.calls = 0
+    assert split(0) == split(0)
+    assert split(0) != split(1)
+
+
+def test_no_patient_is_in_two_of_support_validation_and_test(own_folder, contents):
+    for seed in range(4):
+        data = few_shot(own_folder, k_shot=1, group_by=PATIENT, seed=seed)
+        assert_disjoint(data, contents)
+        found = [groups(part) for part in parts(data)]
+        assert sum(map(len, found)) == len(set.union(*found))
+        assert found[2]
+        assert len(data.test_data) == 4 * len(found[2])  # all images of its patients
+
+
+@pytest.fixture
+def patients(phantom_root, tmp_path):
+    """A category whose files name patients: valid has patients 0 to 2, test 2 to 3."""
+    brain = shutil.copytree(phantom_root / "Brain", tmp_path / "Brain")
+    for split, first in (("valid", 0), ("test", 2)):
+        for path in sorted((brain / split).rglob("*.png")):
+            path.rename(path.with_name(f"p{first + int(path.stem) // 2}_{path.name}"))
+    return tmp_path
+
+
+def test_patients_of_a_source_with_validation_images(patients, contents, caplog):
+    data = BMADFewShot(patients, k_shot=1, group_by=PATIENT, num_workers=0)
+    with caplog.at_level(logging.INFO):
+        data.setup()
+    assert_disjoint(data, contents)
+    assert len(data.test_data) == 8  # as they are
+    assert groups(data.test_data) == {"2", "3"}
+    assert not groups(data.support) & (groups(data.val_data) | {"2", "3"})
+    assert groups(data.val_data) <= {"0", "1"}
+    assert f"Beside it, {len(data.val_data)} images validate and 8 test." in caplog.text
+
+
+def test_a_named_support_of_tested_patients_is_refused(patients, tmp_path):
+    lists = tmp_path / "list.txt"
+    lists.write_text("n-0: p2_004.png\na-0: p0_000.png")
+    with pytest.raises(
+        ValueError, match=r"names images of \['2'\], which are tested too \(group_by='/p.*'\)\. Name ima"
+    ):
+        BMADFewShot(patients, k_shot=1, support_list=lists, group_by=PATIENT).setup()
+
+
+def test_a_pattern_that_matches_nothing_is_refused(own_folder):
+    with pytest.raises(
+        ValueError, match=r"group_by='patient' matches nothing in .*\.png\. It must match the path of ev"
+    ):
+        few_shot(own_folder, group_by="patient")
+
+
+def test_duplicates_by_content_are_refused(phantom_root, tmp_path):
+    brain = shutil.copytree(phantom_root / "Brain", tmp_path / "Brain")
+    for split in ("test", "valid"):
+        copies = [brain / split / "good" / "img" / f"copy{i}.png" for i in range(6)]
+        for i, path in enumerate(copies):
+            shutil.copyfile(brain / "valid" / "good" / "img" / f"{i:03d}.png", path)
+        with pytest.raises(
+            ValueError, match=r"support images appear in validation or test again, .*copy\d\.png.*Remove"
+        ):
+            BMADFewShot(tmp_path, k_shot=1).setup()
+        for path in copies:
+            path.unlink()
+    BMADFewShot(tmp_path, k_shot=1).setup()
+
+
+# -------------------------------------------------------------------------------------------------------------------- K
+
+
+def test_one_image_of_each_kind_is_enough(phantom_root):
+    data = ready(BMADFewShot(phantom_root, k_shot=1))
+    assert (len(data.support.samples), len(data.train_data)) == (2, 22)
+
+
+@pytest.mark.parametrize("k_shot", [0, -1])
+def test_no_image_is_refused(phantom_root, k_shot):
+    with pytest.raises(ValueError, match=rf"k_shot={k_shot} must be at least 1\."):
+        BMADFewShot(phantom_root, k_shot=k_shot)
+
+
+def test_too_many_images_are_refused(phantom_root, own_folder):
+    with pytest.raises(
+        ValueError, match=r"k_shot=7 is too large: Brain has 6 normal validation images\. Choose at most 6"
+    ):
+        ready(BMADFewShot(phantom_root, k_shot=7))
+    with pytest.raises(ValueError, match=r"abnormal_shots=9 is too large: Brain has 6 abnormal validation images\."):
+        ready(BMADFewShot(phantom_root, k_shot=1, abnormal_shots=9))
+    with pytest.raises(ValueError, match=r"own has 4 normal validation images in groups of their own \(group_by="):
+        few_shot(own_folder, k_shot=5, group_by=PATIENT)
+
+
+def test_all_images_leave_none_to_validate(phantom_root):
+    data = ready(BMADFewShot(phantom_root, k_shot=6, num_workers=0))
+    assert len(data.val_data) == 0
+    assert data.val_dataloader() == []
+    assert len(data.test_data) == 8
+
+
+def test_no_abnormal_image_gives_k_normal_ones_as_they_are(phantom_root):
+    data = ready(BMADFewShot(phantom_root, k_shot=3, abnormal_shots=0, train_batch_size=3, num_workers=0))
+    assert data.train_data.samples.label_index.tolist() == [0, 0, 0]
+    assert len(data.train_data) == 3
+    assert len(data.support) == 33
+    assert describe(data).normal_only
+    (batch,) = data.train_dataloader()
+    assert batch.gt_label.tolist() == [False] * 3
+    assert paths(data.support) == paths(data.train_data)
+
+
+def test_kinds_may_differ_in_number(phantom_root):
+    data = ready(BMADFewShot(phantom_root, k_shot=3, abnormal_shots=1))
+    assert data.support.samples.label_index.value_counts().to_dict() == {0: 3, 1: 1}
+
+
+@pytest.mark.parametrize("argument", ["train_batch_size", "eval_batch_size"])
+def test_an_empty_batch_is_refused(phantom_root, argument):
+    with pytest.raises(ValueError, match=f"{argument}=0 must be at least 1"):
+        BMADFewShot(phantom_root, **{argument: 0})
+
+
+def test_a_negative_seed_is_refused(phantom_root):
+    with pytest.raises(ValueError, match="seed=-1 must be at least 0"):
+        BMADFewShot(phantom_root, seed=-1)
+
+
+# --------------------------------------------------------------------------------------------------------------- Lists
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_a_published_list_names_the_support(phantom_root, support_lists, form, contents):
+    lists = support_lists if form == "folder" else support_lists / "Brain" / "2-shot.txt"
+    data = ready(BMADFewShot(phantom_root, k_shot=2, support_list=lists))
+    names = sorted(Path(path).parts[-3] + "/" + Path(path).name for path in paths(data.support))
+    assert names == ["Ungood/000.png", "Ungood/005.png", "good/001.png", "good/004.png"]
+    assert_disjoint(data, contents)
+
+
+def test_a_list_that_names_absent_files_is_refused(phantom_root, tmp_path):
+    (tmp_path / "list.txt").write_text("n-0: 001.png 123.png\na-0: 000.png 001.png")
+    message = r"support_list='.*list\.txt' \(normal\) names \['123\.png'\], not among the 6 images to pick from"
+    with pytest.raises(ValueError, match=message):
+        ready(BMADFewShot(phantom_root, k_shot=2, support_list=tmp_path / "list.txt"))
+
+
+def test_a_list_may_name_any_labelled_image_of_own_folders(own_folder, tmp_path, contents):
+    (tmp_path / "list.txt").write_text("n-0: p0_n0.png p1_n3.png\na-0: p0_a1.png p1_a2.png")
+    for seed in range(3):  # whatever is set aside
+        data = few_shot(own_folder, support_list=tmp_path / "list.txt", seed=seed)
+        assert {Path(path).name for path in paths(data.support)} == {"p0_n0.png", "p1_n3.png", "p0_a1.png", "p1_a2.png"}
+        assert_disjoint(data, contents)
+        grouped = few_shot(own_folder, support_list=tmp_path / "list.txt", seed=seed, group_by=PATIENT)
+        assert not (groups(grouped.val_data) | groups(grouped.test_data)) & {"0", "1"}
+        assert not groups(grouped.val_data) & groups(grouped.test_data)
+
+
+def test_a_list_over_folders_of_defects(mvtec_root, tmp_path):
+    lists = tmp_path / "metal_nut" / "1-shot.txt"
+    lists.parent.mkdir()
+    lists.write_text("n-0: 000.png\na-0: bad1/000.png")
+    data = few_shot(MVTecAD(mvtec_root, "metal_nut"), k_shot=1, support_list=tmp_path)
+    assert paths(data.support)[0].endswith("bad1/000.png")
+    lists.write_text("n-0: 000.png\na-0: 000.png")
+    with pytest.raises(ValueError, match=r"names files that exist several times: .*bad1/000\.png"):
+        few_shot(MVTecAD(mvtec_root, "metal_nut"), k_shot=1, support_list=tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- From configurations
+
+
+def test_sources_from_mappings(own_folder, mvtec_root, contents):
+    config = {
+        "class_path": "FewShot",
+        "init_args": {"source": own_folder, "k_shot": 1, "group_by": PATIENT, "num_workers": 0},
+    }
+    data = ready(get_datamodule(config))
+    assert_disjoint(data, contents)
+    assert data.name == "own"
+    mvtec = {"class_path": "anomalib.data.MVTecAD", "init_args": {"root": str(mvtec_root), "category": "metal_nut"}}
+    config = {"class_path": "LeaveOneOut", "init_args": {"sources": [own_folder, mvtec], "held_out": "metal_nut"}}
+    data = ready(get_datamodule(config))
+    assert (data.name, data.category, data.class_name) == ("MVTecAD", "metal_nut", "metal nut")
+
+
+@pytest.mark.parametrize("group_by", [None, PATIENT])
+def test_own_folders_from_yaml(tmp_path, own_folder, tiny_config, contents, group_by):
+    config = {"class_path": "FewShot", "init_args": {"source": own_folder, "k_shot": 1, "group_by": group_by}}
+    data = ready(through_cli(tmp_path, config, tiny_config))
+    assert isinstance(data.source, Folder)
+    assert_disjoint(data, contents)
+    if group_by:
+        assert not groups(data.test_data) & (groups(data.val_data) | groups(data.support))
+
+
+def test_own_folders_from_the_command_line(tmp_path, own_root, tiny_config, contents):
+    arguments = ["train", "--model", "Mvfa", "--model.backbone", str(tiny_config), "--model.pretrained", "null"]
+    arguments += ["--data", "FewShot", "--data.source", "Folder", "--data.source.root", str(own_root)]
+    arguments += ["--data.source.name", "own", "--data.source.normal_dir", "train", "--data.k_shot", "1"]
+    arguments += ["--data.source.abnormal_dir", "abnormal", "--data.source.normal_test_dir", "normal"]
+    arguments += ["--default_root_dir", str(tmp_path)]
+    data = ready(AnomalibCLI(arguments, run=False).datamodule)
+    assert_disjoint(data, contents)
+    assert data.task == "classification"
+    assert data.test_data[0].gt_mask is None
+
+
+def test_protocols_from_yaml(tmp_path, mvtec_root, own_folder, bmad_root, tiny_config, contents):
+    mvtec = {"class_path": "MVTecAD", "init_args": {"root": str(mvtec_root), "category": "metal_nut"}}
+    config = {"class_path": "FewShot", "init_args": {"source": mvtec, "k_shot": 2}}
+    assert_disjoint(ready(through_cli(tmp_path, config, tiny_config)), contents)
+    config = {"class_path": "LeaveOneOut", "init_args": {"sources": [own_folder, mvtec], "held_out": "own"}}
+    data = ready(through_cli(tmp_path, config, tiny_config))
+    assert (data.category, [source.category for source in data.training]) == ("own", ["metal_nut"])
+    init_args = {"root": str(bmad_root), "category": "Chest", "train_categories": ["Brain", "Retina_RESC"]}
+    data = ready(through_cli(tmp_path, {"class_path": "BMADLeaveOneOut", "init_args": init_args}, tiny_config))
+    assert len(data.train_data) == 16
+
+
+def test_what_is_no_source_is_refused():
+    with pytest.raises(
+        ValueError, match=r"source='Folder' must be an anomalib datamodule, or a mapping with class_path"
+    ):
+        FewShot("Folder")
+
+
+def test_the_source_downloads_its_data(tmp_path):
+    source = Phantom(tmp_path, size=32)
+    data = FewShot(source, k_shot=1)
+    data.prepare_data()
+    data.setup()
+    assert (data.name, data.category, data.class_name) == ("Phantom", "Brain", "Brain")
+    loo = LeaveOneOut([Phantom(tmp_path, size=32, seed=1), MVTecAD(tmp_path, "bottle")], "bottle")
+    loo.target.prepare_data = lambda: (tmp_path / "target").mkdir()
+    loo.prepare_data()
+    assert (tmp_path / "target").exists()
+    assert (tmp_path / "size32-seed1" / "Brain").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- Loading
+
+
+def test_augmentations_go_where_they_belong(phantom_root):
+    flip = Compose([RandomHorizontalFlip(p=1), RESIZE])
+    data = BMADFewShot(phantom_root, k_shot=1, train_augmentations=flip, augmentations=RESIZE, num_workers=0)
+    data.setup()
+    assert data.support.augmentations is data.train_data.augmentations is flip
+    assert data.val_data.augmentations is data.test_data.augmentations is RESIZE
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
+        assert next(iter(loader)).image.shape[-2:] == (32, 32)
+    data = ready(BMADFewShot(phantom_root, k_shot=1, abnormal_shots=0, augmentations=RESIZE))
+    assert data.support.augmentations is RESIZE
+
+
+def test_training_shows_every_view_once_an_epoch(phantom_root):
+    data = ready(BMADFewShot(phantom_root, k_shot=1, augmentations=RESIZE, num_workers=0, seed=5))
+    loader = data.train_dataloader()
+    assert loader.batch_size == 1
+    orders = []
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        orders.append(list(loader.sampler))
+        assert sorted(orders[-1]) == list(range(22))
+    assert orders[0] != orders[1]
+
+
+# ------------------------------------------------------------------------------------------------------- LeaveOneOut
+
+
+def loo(root, category, **arguments):
+    augmentations = Resize((16, 16))
+    return ready(BMADLeaveOneOut(root, category, augmentations=augmentations, num_workers=0, **arguments))
+
+
+def test_leave_one_out_learns_from_the_others_test_images(bmad_root):
+    data = loo(bmad_root, "Chest", train_categories=["Brain", "Retina_RESC", "Retina_OCT2017"], train_batch_size=3)
+    others = [
+        ready(BMADFewShot(bmad_root, name, k_shot=1).source) for name in ("Brain", "Retina_RESC", "Retina_OCT2017")
+    ]
+    assert paths(data.train_data) == [path for other in others for path in paths(other.test_data)]
+    assert paths(data.val_data) == [path for other in others for path in paths(other.val_data)]
+    assert {Path(path).parts[-5] for path in paths(data.test_data)} == {"Chest"}
+    assert len(data.test_data) == 8
+    assert (data.name, data.category, data.class_name) == ("BMAD", "Chest", "Chest X-ray film")
+    assert data.protocol is LEAVE_ONE_OUT
+    assert data.support is None
+    assert not describe(data).has_masks
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        seen = set()
+        for batch in loader:
+            (category,) = {Path(path).parts[-5].removesuffix("_AD") for path in batch.image_path}
+            noun = "Brain" if category == "Brain" else "retinal OCT"
+            assert class_name_of(batch) == noun
+            assert (batch.gt_mask is None) == (category == "Retina_OCT2017")
+            seen.update(batch.image_path)
+        assert seen == set(paths(loader.dataset))
+    assert {class_name_of(batch) for batch in data.test_dataloader()} == {"Chest X-ray film"}
+
+
+def test_leave_one_out_defaults_to_all_others_and_says_what_is_missing(bmad_root):
+    data = BMADLeaveOneOut(bmad_root, "Brain")
+    assert [source.category for source in data.training] == [
+        "Liver",
+        "Retina_RESC",
+        "Retina_OCT2017",
+        "Chest",
+        "Histopathology",
+    ]
+    with pytest.raises(FileNotFoundError, match=r"holds neither Liver nor Liver_AD, but these categories: Brain, Ret"):
+        data.prepare_data()
+
+
+@pytest.mark.parametrize(("category", "left"), [("Retina_RESC", ["Brain", "Chest"]), ("Brain", None)])
+def test_the_sibling_set_is_left_out_on_request(bmad_root, category, left):
+    names = [name for name in ("Brain", "Retina_RESC", "Retina_OCT2017", "Chest") if name != category]
+    data = BMADLeaveOneOut(bmad_root, category, train_categories=names, exclude_modality=True)
+    assert [source.category for source in data.training] == (left or names)
+    data = BMADLeaveOneOut(bmad_root, category, train_categories=names)
+    assert [source.category for source in data.training] == names
+    data = BMADLeaveOneOut(bmad_root, "Retina_OCT2017", exclude_modality=True)
+    assert [source.category for source in data.training] == ["Brain", "Liver", "Chest", "Histopathology"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"train_categories": ["Brain", "Chest"]}, r"train_categories=\['Brain', 'Chest'\] must name at least one"),
+        ({"train_categories": []}, r"train_categories=\[\] must name at least one category, and not category='Brain'"),
+        ({"train_categories": ["chest"]}, r"BMAD has no category 'chest'\. Choose from: Brain"),
+    ],
+)
+def test_wrong_training_categories_are_refused(bmad_root, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        BMADLeaveOneOut(bmad_root, "Brain", **arguments)
+
+
+def test_only_siblings_to_learn_from_are_refused(bmad_root):
+    with pytest.raises(ValueError, match=r"train_categories=\[\] must name at least one"):
+        BMADLeaveOneOut(bmad_root, "Retina_RESC", ["Retina_OCT2017"], exclude_modality=True)
+
+
+def test_the_held_out_category_needs_test_images_alone(bmad_root):
+    shutil.rmtree(bmad_root / "Retina_RESC_AD" / "valid")
+    assert len(loo(bmad_root, "Retina_RESC", train_categories=["Brain"]).test_data) == 8
+
+
+def test_leave_one_out_over_any_sources(own_folder, mvtec_root, visa_root, contents):
+    sources = [Folder(**own_folder["init_args"]), MVTecAD(mvtec_root, "metal_nut"), Visa(visa_root, "candle")]
+    data = LeaveOneOut(sources, "metal_nut", train_batch_size=4, augmentations=Resize((16, 16)), num_workers=0)
+    data.setup()
+    assert (data.name, data.category, data.class_name) == ("MVTecAD", "metal_nut", "metal nut")
+    assert len(data.test_data) == 20  # nothing is set aside of what is tested
+    assert len(data.train_data) == len(data.val_data) == 20  # half of the others' is
+    assert not set(paths(data.train_data)) & set(paths(data.val_data))
+    assert set(data.val_data.samples.label_index) == {0, 1}
+    assert {class_name_of(batch) for batch in data.train_dataloader()} == {"own", "candle"}
+    again = LeaveOneOut([MVTecAD(mvtec_root, "metal_nut"), Folder(**own_folder["init_args"])])
+    assert (again.category, again.class_name) == ("metal_nut", "metal nut")
+
+
+@pytest.mark.parametrize("held_out", ["bottle", "", None])
+def test_held_out_must_be_one_of_two_or_more(mvtec_root, own_folder, held_out):
+    sources = [MVTecAD(mvtec_root, "metal_nut"), own_folder] if held_out == "bottle" else [own_folder]
+    message = r"held_out='.*' must be the category of one of at least two sources; the sources' are \[.*'own'\]"
+    with pytest.raises(ValueError, match=message):
+        LeaveOneOut(sources, held_out)
+    with pytest.raises(ValueError, match=r"held_out='' must .* are \[\]"):
+        LeaveOneOut([])
+
+
+def test_a_training_loader_is_reshuffled_every_epoch(bmad_root):
+    data = loo(bmad_root, "Chest", train_categories=["Brain", "Retina_RESC"], train_batch_size=4, seed=1)
+    loader = data.train_dataloader()
+    orders = []
+    for epoch in (0, 1, 0):
+        loader.sampler.set_epoch(epoch)
+        orders.append([batch.image_path for batch in loader])
+    assert orders[0] == orders[2] != orders[1]

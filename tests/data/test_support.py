@@ -1,0 +1,169 @@
+"""The support is a function of seed and names, and lists are read in the published form."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from anomalib.data.utils import LabelName
+
+from anomalib_mvfa.data.bmad import BMADFewShot
+from anomalib_mvfa.data.support import draw, group_of, pick, read_support_list, same_content, set_aside
+
+
+def table(*paths, label=0):
+    return pd.DataFrame({"image_path": paths, "label_index": label})
+
+
+POOL = table(*(f"root/good/{i:02d}.png" for i in range(20)))
+
+
+# ----------------------------------------------------------------------------------------------------------- The draw
+
+
+def test_a_draw_depends_on_the_seed_alone():
+    drawn = draw(POOL, 4, seed=0)
+    assert len(set(drawn.image_path)) == 4
+    assert drawn.equals(draw(POOL, 4, seed=0))
+    assert len({tuple(draw(POOL, 4, seed).image_path) for seed in range(10)}) > 5
+    shuffled = POOL.sample(frac=1, random_state=1)
+    assert drawn.equals(draw(shuffled, 4, seed=0))
+    moved = table(*POOL.image_path.str.replace("root", "elsewhere/deeper"))
+    assert [Path(path).name for path in draw(moved, 4, seed=0).image_path] == [Path(p).name for p in drawn.image_path]
+
+
+def test_every_image_may_be_drawn():
+    counts = np.zeros(20)
+    for seed in range(300):
+        counts[[int(Path(path).stem) for path in draw(POOL, 4, seed).image_path]] += 1
+    assert counts.min() > 30
+    assert counts.max() < 95
+
+
+def test_the_support_does_not_depend_on_the_order_of_the_file_system(phantom_root, monkeypatch):
+    names, iterdir = [], Path.iterdir
+    for backwards in (False, True):
+        monkeypatch.setattr(Path, "iterdir", lambda path, backwards=backwards: sorted(iterdir(path), reverse=backwards))
+        data = BMADFewShot(phantom_root, k_shot=2, seed=3)
+        data.setup()
+        names.append(data.support.samples.image_path.tolist())
+    assert names[0] == names[1]
+
+
+def test_the_support_follows_the_seed(phantom_root):
+    def names(seed):
+        data = BMADFewShot(phantom_root, k_shot=2, seed=seed)
+        data.setup()
+        return tuple(data.support.samples.image_path)
+
+    assert names(0) == names(0)
+    assert len({names(seed) for seed in range(4)}) == 4
+
+
+# -------------------------------------------------------------------------------------------------------------- Lists
+
+
+def write_list(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_a_list_is_a_file_or_in_a_folder(tmp_path):
+    path = write_list(tmp_path / "Brain" / "2-shot.txt", "n-0: a.png b.png\n\na-0: c.png d.png \n")
+    expected = {LabelName.NORMAL: ["a.png", "b.png"], LabelName.ABNORMAL: ["c.png", "d.png"]}
+    assert read_support_list(path, "Brain", 4) == expected
+    assert read_support_list(str(tmp_path), "Brain", 2) == expected
+    write_list(tmp_path / "2-shot.txt", path.read_text())
+    assert read_support_list(tmp_path, "", 2) == expected  # own folders have no category
+
+
+def test_an_absent_list_says_which_are_there(tmp_path):
+    write_list(tmp_path / "Brain" / "4-shot.txt", "")
+    with pytest.raises(FileNotFoundError, match=r"2-shot\.txt does not exist\. .*there: \['Brain.4-shot\.txt'\]"):
+        read_support_list(tmp_path, "Brain", 2)
+    with pytest.raises(FileNotFoundError, match=r"support_list='.*nowhere': .*nowhere does not exist\..* none"):
+        read_support_list(tmp_path / "nowhere", "Brain", 2)
+
+
+@pytest.mark.parametrize(("text", "line", "word"), [("a-0: a.png", "n-0", "normal"), ("n-0: a.png", "a-0", "abnormal")])
+def test_a_list_without_a_kind_is_refused(tmp_path, text, line, word):
+    path = write_list(tmp_path / "list.txt", text)
+    with pytest.raises(ValueError, match=rf"list\.txt has no line '{line}: <file names>' of {word} support images"):
+        read_support_list(path, "Brain", 1)
+
+
+def test_picked_images_come_in_the_order_of_the_list():
+    picked = pick(POOL, ["07.png", "01.png"], 2, "list")
+    assert [Path(path).name for path in picked.image_path] == ["07.png", "01.png"]
+
+
+def test_names_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match=r"list names \['99\.png', '7\.png'\], not among the 20 images to pick from"):
+        pick(POOL, ["99.png", "01.png", "7.png"], 3, "list")
+
+
+@pytest.mark.parametrize("names", [["01.png"], ["01.png", "02.png", "03.png"], ["01.png", "01.png"]])
+def test_another_number_of_names_is_refused(names):
+    message = rf"list names {len(set(names))} different images where 2 are asked for\. Change k_shot or the list"
+    with pytest.raises(ValueError, match=message):
+        pick(POOL, names, 2, "list")
+
+
+def test_a_name_that_fits_several_files_needs_its_folder():
+    pool = table("x/hole/000.png", "x/cut/000.png", "x/cut/1000.png")
+    with pytest.raises(ValueError, match=r"exist several times: .*hole/000\.png.*Put the folder before the name"):
+        pick(pool, ["000.png"], 1, "list")
+    assert pick(pool, ["cut/000.png"], 1, "list").image_path.tolist() == ["x/cut/000.png"]
+
+
+# ------------------------------------------------------------------------------------------------------------- Groups
+
+
+def test_a_group_is_the_first_group_or_the_match():
+    assert group_of("a/patient07_1.png", r"patient(\d+)") == "07"
+    assert group_of("a/patient07_1.png", r"patient\d+") == "patient07"
+    assert group_of("a/patient07_1.png", None) == "a/patient07_1.png"
+    with pytest.raises(ValueError, match=r"group_by='scan' matches nothing in a/b\.png\. It must match the path of ev"):
+        group_of("a/b.png", "scan")
+
+
+def test_images_set_aside_are_a_share_of_every_kind():
+    samples = pd.concat([POOL, table(*(f"root/bad/{i}.png" for i in range(10)), label=1)], ignore_index=True)
+    for seed in range(5):
+        stay, aside = set_aside(samples, 0.3, seed, None)
+        assert sorted([*stay.image_path, *aside.image_path]) == sorted(samples.image_path)
+        assert aside.label_index.value_counts().to_dict() == {0: 6, 1: 3}
+    shuffled = samples.sample(frac=1, random_state=0)
+    assert set(set_aside(shuffled, 0.3, 4, None)[1].image_path) == set(aside.image_path)
+    assert set(set_aside(samples, 0.3, 5, None)[1].image_path) != set(aside.image_path)
+
+
+def test_groups_are_set_aside_whole():
+    healthy = table(*(f"h{i // 2}/{i}.png" for i in range(12)))  # 6 patients
+    mixed = table(*(f"m{i // 5}/{i}.png" for i in range(20)), label=[0, 1, 1, 1, 0] * 4)  # 4 patients
+    samples = pd.concat([healthy, mixed], ignore_index=True)
+    stay, aside = set_aside(samples, 0.5, 0, r"[hm]\d")
+    assert not {path[:2] for path in stay.image_path} & {path[:2] for path in aside.image_path}
+    assert sorted({path[0:2][0] for path in aside.image_path}) == ["h", "m"]
+    assert (len({p[:2] for p in aside.image_path}), len(aside)) == (5, 3 * 2 + 2 * 5)
+
+
+def test_one_group_cannot_be_split():
+    stay, aside = set_aside(table("p/1.png", "p/2.png"), 0.5, 0, "^p")
+    assert (len(stay), len(aside)) == (2, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------- Content
+
+
+def test_files_of_the_same_bytes_are_found_under_any_name(tmp_path):
+    files = {}
+    for name, content in {"a": b"one", "b": b"two", "c": b"one", "d": b"three", "e": b"two"}.items():
+        files[name] = str(tmp_path / name)
+        Path(files[name]).write_bytes(content)
+    (tmp_path / "link").symlink_to(files["a"])
+    others = [files["c"], files["d"], files["e"], str(tmp_path / "link")]
+    found = same_content([files["a"], files["b"]], others)
+    assert found == [(files["a"], files["c"]), (files["b"], files["e"]), (files["a"], str(tmp_path / "link"))]
+    assert same_content([files["d"]], [files["a"]]) == []
