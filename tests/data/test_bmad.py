@@ -117,12 +117,12 @@ def test_an_empty_split_says_where_images_belong(tmp_path):
 
 
 def test_a_wrong_root_says_what_is_there(bmad_root):
-    message = r"holds neither Liver nor Liver_AD, but these categories: .*Choose from those, or give the folder that"
+    message = r"holds neither Liver nor Liver_AD; categories found there: .*Choose from those, or give the folder that"
     with pytest.raises(FileNotFoundError, match=message) as error:
         BMADFewShot(bmad_root, "Liver").prepare_data()
     for name in ("Brain", "Retina_RESC", "Retina_OCT2017", "Chest"):
         assert name in str(error.value)
-    with pytest.raises(FileNotFoundError, match="these categories: none"):
+    with pytest.raises(FileNotFoundError, match="found there: none"):
         BMADFewShot(bmad_root / "Brain").prepare_data()
 
 
@@ -237,7 +237,7 @@ def test_what_a_killed_download_leaves_is_no_data(tmp_path, download):
     partial = tmp_path / ".BMAD.partial" / "Brain" / "test"
     partial.mkdir(parents=True)
     data = BMADOneClass(tmp_path / "BMAD")
-    with pytest.raises(FileNotFoundError, match="these categories: none"):
+    with pytest.raises(FileNotFoundError, match="found there: none"):
         data.setup()
     data.prepare_data()
     assert len(calls) == 1

@@ -406,7 +406,7 @@ def test_leave_one_out_defaults_to_all_others_and_says_what_is_missing(bmad_root
         "Chest",
         "Histopathology",
     ]
-    with pytest.raises(FileNotFoundError, match=r"holds neither Liver nor Liver_AD, but these categories: Brain, Ret"):
+    with pytest.raises(FileNotFoundError, match=r"holds neither Liver nor Liver_AD; categories found there: Brain, Ret"):
         data.prepare_data()
 
 

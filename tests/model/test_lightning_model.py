@@ -241,7 +241,7 @@ def test_ranges_of_the_test_set_run_the_backbone_once(make, few_shot, engine, ca
     model.model.backbone.embed = lambda image: (calls.append(len(image)), embed(image))[1]
     with caplog.at_level(logging.WARNING, logger="anomalib.mvfa"):
         engine().test(model, datamodule=data, verbose=False)
-    assert sum(calls) == len(data.support) + len(data.test_data)
+    assert sum(calls) == 2 * 11 + 2 + len(data.test_data)  # normal views, abnormal images, test images
     assert "optimistic" in caplog.text
     with pytest.raises(ValueError, match="calibration='test' cannot predict"):
         engine().predict(model, datamodule=data)

@@ -60,7 +60,7 @@ def difference(found, expected) -> float:
         ({"quick_gelu": True}, {"activation": by_hand.quick_gelu}),
         ({"normalize": True}, {"normalize": True}),
     ],
-    ids=str,
+    ids=["default", "ratio", "single", "projector", "quick_gelu", "normalize"],
 )
 @torch.no_grad()
 def test_tokens(build, options, formula):
@@ -112,9 +112,9 @@ def test_size_that_is_no_multiple_of_a_patch(build, size):
     assert model(image).anomaly_map.shape == (2, size, size)
 
 
-def test_a_bright_patch_shows_where_it_is(build):
+def test_an_abnormal_patch_shows_where_it_is(build):
     """With blocks that do nothing and one abnormal patch, the map peaks there: rows are rows, columns columns."""
-    model = build()
+    model = build(levels=[4])
     clip = model.backbone.clip
     with torch.no_grad():
         for block in clip.visual.transformer.resblocks:
@@ -124,15 +124,15 @@ def test_a_bright_patch_shows_where_it_is(build):
         clip.visual.positional_embedding.zero_()
         tissue, lesion = images("tissue", 1, 14), images("lesion", 1, 14)
         image = tissue.repeat(1, 1, 4, 4)
-        image[:, :, 14:28, 42:56] = lesion  # second row, fourth column of patches
+        image[:, :, 14:28, 28:42] = lesion  # second row, third column of patches
         tokens = model.tokens(image).seg[0][0]
-        model.text_features.copy_(torch.nn.functional.normalize(tokens[[1, 1 + 1 * 4 + 3]], dim=1).T)
+        model.text_features.copy_(torch.nn.functional.normalize(tokens[[1, 1 + 1 * 4 + 2]], dim=1).T)
         model.scoring = Scoring(weights=ZERO_ONLY, ranged=False)
         heat = model(image).anomaly_map[0]
-    row, column = divmod(int(heat.argmax()), SIZE)
+    spot = (heat > 0.5).nonzero().double()
     # Corners are aligned: patch i of G lies at pixel i (H - 1) / (G - 1).
-    assert (row, column) == pytest.approx((1 * (SIZE - 1) / 3, SIZE - 1), abs=1)
-    assert heat[0, 0] < 0.3 < 0.7 < heat.max()
+    assert spot.mean(dim=0).tolist() == pytest.approx([1 * (SIZE - 1) / 3, 2 * (SIZE - 1) / 3], abs=0.5)
+    assert 100 < len(spot) < 400
 
 
 @pytest.mark.parametrize("shape", [(3, SIZE, SIZE + 14), (3, SIZE + 14, SIZE), (3, 240, 240)])
@@ -336,7 +336,7 @@ SCORES = ("map_max", "det_mean", "det_max")
         ({"upsample": "probabilities"}, UNEQUAL),
         ({"pooling": "max"}, UNEQUAL),  # of the loss: scores stay as they are
     ],
-    ids=str,
+    ids=["zero", "few", "both", "score_levels", "upsample", "pooling"],
 )
 def test_scores(build, text, options, weights, map_branch, image_score):
     """The whole of scoring, without ranges: by the paper's Eq. 6."""

@@ -57,8 +57,9 @@ def category_folder(root: str | Path, category: str) -> Path:
     there = {name: folder for name, folder in folders if folder.is_dir()}
     if category not in there:
         msg = (
-            f"root={str(root)!r} holds neither {category} nor {category}_AD, but these categories: "
-            f"{', '.join(there) or 'none'}. Choose from those, or give the folder that contains {category}."
+            f"root={str(root)!r} holds neither {category} nor {category}_AD; categories found there: "
+            f"{', '.join(there) or 'none'}. Give the folder that contains {category}, or name categories that are there "
+            "(category, train_categories)."
         )
         raise FileNotFoundError(msg)
     return there[category]

@@ -1,6 +1,7 @@
 """Protocols over any anomalib datamodule: which of its images train, validate and test."""
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ class FewShot(_Protocol):
         self.k_shot = _at_least("k_shot", k_shot, 1)
         self.abnormal_shots = _at_least("abnormal_shots", k_shot if abnormal_shots is None else abnormal_shots, 0)
         self.support_list = support_list
-        self.group_by = group_by
+        self.group_by = _checked_pattern("group_by", group_by)
         self.category = self.source.category
         self.support: SupportViews
 
@@ -176,6 +177,12 @@ class FewShot(_Protocol):
             raise ValueError(msg)
         val = self._without(pool, self._groups(support) | (self._groups(test) if self.group_by else set()))
         _check_disjoint(support, val, test)
+        if not len(test):
+            msg = (
+                f"{self.category or self.name} has no test image left beside {len(support)} support and {len(val)} "
+                f"validation images (group_by={self.group_by!r}). Give the source a smaller val_split_ratio or more images."
+            )
+            raise ValueError(msg)
 
         self.support = SupportViews(SampleDataset.of(dataset, support, self.class_name))
         # Methods that learn from normal images augment by themselves; the views are MVFA's augmentation.
@@ -386,6 +393,15 @@ def _check_disjoint(support: DataFrame, val: DataFrame, test: DataFrame) -> None
             "Remove the duplicates, or choose another seed or support_list."
         )
         raise ValueError(msg)
+
+
+def _checked_pattern(name: str, pattern: str | None) -> str | None:
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        msg = f"{name}={pattern!r} is no regular expression ({error}). An example is 'patient[0-9]+'."
+        raise ValueError(msg) from error
+    return pattern
 
 
 def _at_least(name: str, value: int, least: int) -> int:

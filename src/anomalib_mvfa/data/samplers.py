@@ -70,7 +70,9 @@ def train_loader(dataset: AnomalibDataset, batch_size: int, seed: int, num_worke
         return DataLoader(dataset, batch_size=None, sampler=sampler, collate_fn=collate, num_workers=num_workers)
     world, rank = _ranks()
     shuffled: DistributedSampler = DistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed)
-    return DataLoader(dataset, batch_size=batch_size, sampler=shuffled, collate_fn=dataset.collate_fn, num_workers=num_workers)
+    return DataLoader(
+        dataset, batch_size=batch_size, sampler=shuffled, collate_fn=dataset.collate_fn, num_workers=num_workers
+    )
 
 
 def eval_loader(dataset: AnomalibDataset, batch_size: int, num_workers: int) -> DataLoader:
@@ -80,4 +82,6 @@ def eval_loader(dataset: AnomalibDataset, batch_size: int, num_workers: int) -> 
         return DataLoader(dataset, batch_size=None, sampler=batches, collate_fn=collate, num_workers=num_workers)
     world, rank = _ranks()
     once = UnrepeatedDistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=False)
-    return DataLoader(dataset, batch_size=batch_size, sampler=once, collate_fn=dataset.collate_fn, num_workers=num_workers)
+    return DataLoader(
+        dataset, batch_size=batch_size, sampler=once, collate_fn=dataset.collate_fn, num_workers=num_workers
+    )

@@ -42,7 +42,7 @@ def read_support_list(path: str | Path, category: str, k_shot: int) -> dict[Labe
         there = sorted(str(found.relative_to(path)) for found in path.glob("*/*-shot.txt")) if path.is_dir() else []
         msg = f"support_list={str(path)!r}: {file} does not exist. Lists found there: {there or 'none'}."
         raise FileNotFoundError(msg)
-    lines = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)
+    lines = dict(line.split(":", 1) for line in file.read_text("utf-8", "replace").splitlines() if ":" in line)
     names = {}
     for kind, (word, letter) in KINDS.items():
         if f"{letter}-0" not in lines:
@@ -114,10 +114,11 @@ def group_of(path: str, group_by: str | None) -> str:
     if group_by is None:
         return posix
     match = re.search(group_by, posix)
-    if match is None:
+    group = match and match.group(1 if match.re.groups else 0)
+    if not group:
         msg = f"group_by={group_by!r} matches nothing in {posix}. It must match the path of every image."
         raise ValueError(msg)
-    return match.group(1) if match.re.groups else match.group(0)
+    return group
 
 
 def same_content(support: Iterable[str], others: Iterable[str]) -> list[tuple[str, str]]:

@@ -308,15 +308,20 @@ class MvfaModel(nn.Module):
         owners: list[str] = []
         firsts: dict[str, Tokens] = {}
         for batch in views:
-            tokens = self.tokens(batch.image)
-            normal = batch.label == 0
+            normal = (batch.label == 0).tolist()
+            new = [source not in firsts and source not in batch.source[:row] for row, source in enumerate(batch.source)]
+            used = [row for row in range(len(normal)) if normal[row] or new[row]]
+            if not used:
+                continue
+            tokens = self.tokens(batch.image[used])
+            in_bank = [position for position, row in enumerate(used) if normal[row]]
             for branch, stored in bank.items():
-                stored.append([level[normal] for level in self._scored_tokens(tokens, branch)])
-            owners += [source for source, is_normal in zip(batch.source, normal.tolist(), strict=True) if is_normal]
-            for row, source in enumerate(batch.source):
-                if source not in firsts:
-                    one = slice(row, row + 1)
-                    firsts[source] = Tokens([t[one] for t in tokens.seg], [t[one] for t in tokens.det])
+                stored.append([level[in_bank] for level in self._scored_tokens(tokens, branch)])
+            owners += [batch.source[used[position]] for position in in_bank]
+            for position, row in enumerate(used):
+                if new[row]:
+                    one = slice(position, position + 1)
+                    firsts[batch.source[row]] = Tokens([t[one] for t in tokens.seg], [t[one] for t in tokens.det])
         if not owners:
             msg = "The support holds no normal image, and the memory bank needs at least one."
             raise ValueError(msg)

@@ -1,0 +1,127 @@
+"""Anomalib's pre- and post-processor in our forms."""
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import InferenceBatch
+from anomalib.pre_processing import PreProcessor
+from PIL import Image
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize
+
+from anomalib_mvfa.model.processing import AntialiasedPreProcessor, ThresholdScaledPostProcessor
+from recipe import images
+
+SCORES = torch.linspace(0, 1, 401)
+
+
+# ---------------------------------------------------------------------- resizing
+
+
+def noise(height: int, width: int) -> torch.Tensor:
+    """An image of 8-bit noise, ``(1, 3, H, W)``: what shows aliasing best."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (300, 200), (57, 240), (40, 56), (56, 56)])
+@pytest.mark.parametrize("form", ["transform", "export_transform"])
+def test_resize_is_that_of_pil(shape, form):
+    """Up to the rounding of 8-bit images, whether an image shrinks or grows; overshoots are left to the model."""
+    image = noise(*shape)
+    bytes_ = (255 * image[0]).round().byte().permute(1, 2, 0).numpy()
+    expected = np.asarray(Image.fromarray(bytes_).resize((56, 56), Image.Resampling.BICUBIC)) / 255
+    found = getattr(AntialiasedPreProcessor(56), form)(image)[0].permute(1, 2, 0).clamp(0, 1).numpy()
+    assert np.abs(found - expected).max() < 1.5 / 255  # PIL rounds after the rows, and after the columns
+
+
+def test_resize_without_antialiasing_is_another():
+    image = noise(512, 512)
+    plain = Resize((56, 56), interpolation=AntialiasedPreProcessor(56).transform.interpolation, antialias=False)
+    assert (plain(image) - AntialiasedPreProcessor(56).transform(image)).abs().max() > 0.3
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (300, 200), (40, 57), (1, 1), (56, 56)])
+def test_exported_resize_is_the_same(shape):
+    processor, image = AntialiasedPreProcessor(56), noise(*shape)
+    expected = processor.transform(image)
+    assert expected.shape == (1, 3, 56, 56)
+    assert torch.allclose(processor(image), expected, atol=2e-5)  # forward is what is exported
+
+
+def test_checkpoints_bring_the_size_and_keep_antialiasing():
+    processor = AntialiasedPreProcessor(56)
+    processor.load_checkpoint_config(AntialiasedPreProcessor(70).checkpoint_config())
+    image = noise(300, 300)
+    assert processor.transform.antialias
+    assert processor.transform(image).shape == (1, 3, 70, 70)
+    assert torch.allclose(processor(image), processor.transform(image), atol=2e-5)
+
+
+@pytest.mark.xfail(strict=True, raises=AttributeError, reason="the exported resize takes the transform for a Resize")
+@pytest.mark.parametrize("transform", [Compose([Resize((64, 64)), CenterCrop(56)]), None], ids=["compose", "none"])
+def test_checkpoints_bring_other_transforms(transform):
+    """A model that was trained with another pre-processor loads."""
+    processor = AntialiasedPreProcessor(56)
+    processor.load_checkpoint_config(PreProcessor(transform).checkpoint_config())
+    image = images("other", 1, 64)
+    expected = image if transform is None else transform(image)
+    assert torch.equal(image if transform is None else processor.transform(image), expected)
+    assert processor(image).shape == expected.shape
+
+
+def test_smooth_images_come_through_unchanged():
+    image = images("smooth", 1, 56)
+    assert torch.allclose(AntialiasedPreProcessor(56)(image), image, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- thresholds
+
+
+def with_thresholds(image: float, pixel: float) -> ThresholdScaledPostProcessor:
+    processor = ThresholdScaledPostProcessor()
+    processor._image_threshold.fill_(image)
+    processor._pixel_threshold.fill_(pixel)
+    for extreme in (processor.image_min, processor.pixel_min):
+        extreme.fill_(0.4)  # of validation; anomalib would clamp what lies beyond them
+    for extreme in (processor.image_max, processor.pixel_max):
+        extreme.fill_(0.6)
+    return processor
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.83])
+def test_threshold_goes_to_one_half_and_the_ends_stay(threshold):
+    found = with_thresholds(threshold, 0.5)(InferenceBatch(pred_score=SCORES, anomaly_map=torch.zeros(401, 2, 2)))
+    for score, scaled in zip(SCORES.tolist(), found.pred_score.tolist(), strict=True):
+        expected = 0.5 * score / threshold if score < threshold else 0.5 + 0.5 * (score - threshold) / (1 - threshold)
+        assert scaled == pytest.approx(expected, abs=1e-6)
+    assert (found.pred_score[0], found.pred_score[-1]) == (0.0, 1.0)
+    assert (found.pred_score.diff() > 0).all(), "scores are tied"
+    assert torch.equal(found.pred_label, threshold < SCORES)
+
+
+def test_maps_have_a_threshold_of_their_own():
+    maps = SCORES[:400].view(1, 20, 20)
+    found = with_thresholds(0.9, 0.2)(InferenceBatch(pred_score=torch.tensor([0.9]), anomaly_map=maps))
+    assert found.anomaly_map[0, 4, 0].item() == pytest.approx(0.5)  # the 80th of 400
+    assert torch.equal(found.pred_mask, maps > 0.2)
+    assert found.pred_score.item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_threshold_at_an_end_leaves_scores_finite_and_in_order(threshold):
+    found = with_thresholds(threshold, threshold)(InferenceBatch(pred_score=SCORES, anomaly_map=SCORES.view(401, 1, 1)))
+    assert found.pred_score.isfinite().all()
+    assert (found.pred_score.diff() > 0).all()
+    assert 0 <= found.pred_score.min() < found.pred_score.max() <= 1
+
+
+def test_without_thresholds_scores_stay_as_they_are():
+    found = ThresholdScaledPostProcessor()(InferenceBatch(pred_score=SCORES, anomaly_map=SCORES.view(401, 1, 1)))
+    assert torch.allclose(found.pred_score, SCORES)
+    assert torch.allclose(found.anomaly_map.flatten(), SCORES)
+
+
+def test_missing_map_stays_missing():
+    found = with_thresholds(0.2, 0.2)(InferenceBatch(pred_score=torch.tensor([0.2]), anomaly_map=None))
+    assert (found.anomaly_map, found.pred_mask) == (None, None)
+    assert found.pred_score.item() == pytest.approx(0.5)
