@@ -58,7 +58,7 @@ def every_mask(root, split):
 
 def test_wrong_root(root, run):
     with pytest.raises(
-        FileNotFoundError, match=r"root='.*valid' holds neither Brain nor Brain_AD, .* the folder that c"
+        FileNotFoundError, match=r"root='.*valid' holds neither Brain nor Brain_AD; .* the folder that c"
     ):
         run(few_shot(root / "Brain" / "valid"))
 

@@ -117,7 +117,9 @@ def test_an_empty_split_says_where_images_belong(tmp_path):
 
 
 def test_a_wrong_root_says_what_is_there(bmad_root):
-    message = r"holds neither Liver nor Liver_AD; categories found there: .*Choose from those, or give the folder that"
+    message = (
+        r"holds neither Liver nor Liver_AD; categories found there: .*Give the folder that contains Liver, or name cat"
+    )
     with pytest.raises(FileNotFoundError, match=message) as error:
         BMADFewShot(bmad_root, "Liver").prepare_data()
     for name in ("Brain", "Retina_RESC", "Retina_OCT2017", "Chest"):

@@ -151,6 +151,22 @@ def test_a_pattern_that_matches_nothing_is_refused(own_folder):
         few_shot(own_folder, group_by="patient")
 
 
+def test_what_is_no_pattern_is_refused(own_folder):
+    with pytest.raises(ValueError, match=r"group_by='\(p' is no regular expression \(.*\)\. An example is"):
+        few_shot(own_folder, group_by="(p")
+
+
+def test_nothing_left_to_test_is_refused(own_folder, tmp_path):
+    own_folder["init_args"]["val_split_ratio"] = 1.0
+    with pytest.raises(ValueError, match="own has no test image left beside 4 support and 16 validation images"):
+        few_shot(own_folder)
+    own_folder["init_args"]["val_split_ratio"] = 0.5
+    lists = tmp_path / "list.txt"
+    lists.write_text("n-0: " + " ".join(f"p{i}_n{2 * i}.png" for i in range(5)) + "\na-0: p0_a0.png")
+    with pytest.raises(ValueError, match="own has no test image left beside 6 support and 0 validation images"):
+        few_shot(own_folder, k_shot=5, abnormal_shots=1, support_list=lists, group_by=PATIENT)
+
+
 def test_duplicates_by_content_are_refused(phantom_root, tmp_path):
     brain = shutil.copytree(phantom_root / "Brain", tmp_path / "Brain")
     for split in ("test", "valid"):
@@ -406,7 +422,9 @@ def test_leave_one_out_defaults_to_all_others_and_says_what_is_missing(bmad_root
         "Chest",
         "Histopathology",
     ]
-    with pytest.raises(FileNotFoundError, match=r"holds neither Liver nor Liver_AD; categories found there: Brain, Ret"):
+    with pytest.raises(
+        FileNotFoundError, match=r"holds neither Liver nor Liver_AD; categories found there: Brain, Ret"
+    ):
         data.prepare_data()
 
 

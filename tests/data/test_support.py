@@ -93,6 +93,12 @@ def test_a_list_without_a_kind_is_refused(tmp_path, text, line, word):
         read_support_list(path, "Brain", 1)
 
 
+def test_a_file_that_is_no_list_is_refused(tmp_path):
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n\xff")
+    with pytest.raises(ValueError, match=r"image\.png has no line 'n-0: <file names>'"):
+        read_support_list(tmp_path / "image.png", "Brain", 1)
+
+
 def test_picked_images_come_in_the_order_of_the_list():
     picked = pick(POOL, ["07.png", "01.png"], 2, "list")
     assert [Path(path).name for path in picked.image_path] == ["07.png", "01.png"]
@@ -124,8 +130,11 @@ def test_a_group_is_the_first_group_or_the_match():
     assert group_of("a/patient07_1.png", r"patient(\d+)") == "07"
     assert group_of("a/patient07_1.png", r"patient\d+") == "patient07"
     assert group_of("a/patient07_1.png", None) == "a/patient07_1.png"
-    with pytest.raises(ValueError, match=r"group_by='scan' matches nothing in a/b\.png\. It must match the path of ev"):
-        group_of("a/b.png", "scan")
+    for pattern in ("scan", "(scan)?b", "s*"):
+        with pytest.raises(
+            ValueError, match=r"group_by='.*' matches nothing in a/b\.png\. It must match the path of ev"
+        ):
+            group_of("a/b.png", pattern)
 
 
 def test_images_set_aside_are_a_share_of_every_kind():

@@ -58,8 +58,8 @@ def category_folder(root: str | Path, category: str) -> Path:
     if category not in there:
         msg = (
             f"root={str(root)!r} holds neither {category} nor {category}_AD; categories found there: "
-            f"{', '.join(there) or 'none'}. Give the folder that contains {category}, or name categories that are there "
-            "(category, train_categories)."
+            f"{', '.join(there) or 'none'}. Give the folder that contains {category}, or name categories that are "
+            "there (category, train_categories)."
         )
         raise FileNotFoundError(msg)
     return there[category]

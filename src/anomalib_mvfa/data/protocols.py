@@ -180,7 +180,8 @@ class FewShot(_Protocol):
         if not len(test):
             msg = (
                 f"{self.category or self.name} has no test image left beside {len(support)} support and {len(val)} "
-                f"validation images (group_by={self.group_by!r}). Give the source a smaller val_split_ratio or more images."
+                f"validation images (group_by={self.group_by!r}). Give the source a smaller val_split_ratio, or more "
+                "images."
             )
             raise ValueError(msg)
 
