@@ -6,12 +6,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import yaml
+from anomalib.cli.cli import AnomalibCLI
 from anomalib.engine import Engine
+from PIL import Image
+
 from anomalib_mvfa import BMADFewShot, Mvfa, MvfaModel
 from anomalib_mvfa.model.torch_model import SupportViews
-from PIL import Image
 
 IMAGE_SIZE = 56
 
@@ -155,9 +159,6 @@ def test_two_processes_equal_one(mini_clip, phantom_root, tmp_path, calibration)
 
 
 def test_benchmark_runs_from_anomalibs_command_line(mini_clip, phantom_root, tmp_path, monkeypatch):
-    from anomalib.pipelines import Benchmark
-    import yaml
-
     config = {
         "accelerator": ["cpu"],
         "benchmark": {
@@ -180,12 +181,7 @@ def test_benchmark_runs_from_anomalibs_command_line(mini_clip, phantom_root, tmp
     }
     monkeypatch.chdir(tmp_path)
     (tmp_path / "benchmark.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr(sys, "argv", ["anomalib"])
-    from anomalib.cli.cli import AnomalibCLI
-
     AnomalibCLI(["benchmark", "--config", "benchmark.yaml"])
-    import pandas as pd
-
     results = [pd.read_csv(file) for file in tmp_path.rglob("results.csv")]
     assert len(results) == 1
     assert len(results[0]) == 2

@@ -1,6 +1,5 @@
 """Adapters in and out, in the form of the published ``.pth`` files."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -55,5 +54,7 @@ def save_adapters(model: MvfaModel, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    torch.save({f"{branch}_adapters": getattr(model, f"{branch}_adapters").state_dict() for branch in BRANCHES}, partial)
-    os.replace(partial, path)
+    torch.save(
+        {f"{branch}_adapters": getattr(model, f"{branch}_adapters").state_dict() for branch in BRANCHES}, partial
+    )
+    partial.replace(path)

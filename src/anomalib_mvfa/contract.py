@@ -89,7 +89,7 @@ def support_of(
     from .data.dataset import SampleDataset, SupportViews
     from .data.support import draw
 
-    if hasattr(datamodule, "support"):
+    if datamodule is not None and hasattr(datamodule, "support"):
         return datamodule.support
     train_data = getattr(datamodule, "train_data", train_data)
     if train_data is None or not hasattr(train_data, "samples"):

@@ -38,7 +38,7 @@ class BinnedAUROC(Metric):
         return ((abnormal * (normal_below + 0.5 * normal)).sum() / pairs).float()
 
 
-class _PixelAUROC(AnomalibMetric, BinnedAUROC):
+class _PixelAUROC(AnomalibMetric, BinnedAUROC):  # type: ignore[misc]  # anomalib's own way to wrap a metric
     """Pixel AUROC of anomalib batches, reported under anomalib's name."""
 
     def __init__(self) -> None:
@@ -48,13 +48,12 @@ class _PixelAUROC(AnomalibMetric, BinnedAUROC):
 
 def metrics() -> Evaluator:
     """Return image AUROC and F1, and pixel AUROC, AUPRO and F1 where there are masks."""
-    pixel = {"prefix": "pixel_", "strict": False}
     return Evaluator(
         test_metrics=[
             AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
             F1Score(fields=["pred_label", "gt_label"], prefix="image_"),
             _PixelAUROC(),
-            AUPRO(fields=["anomaly_map", "gt_mask"], **pixel),
-            F1Score(fields=["pred_mask", "gt_mask"], **pixel),
+            AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
+            F1Score(fields=["pred_mask", "gt_mask"], prefix="pixel_", strict=False),
         ],
     )

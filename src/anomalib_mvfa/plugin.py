@@ -6,6 +6,7 @@ imported subclasses, so importing ours registers them there. Short names in conf
 """
 
 import logging
+import sys
 from importlib import import_module
 from types import ModuleType
 
@@ -47,8 +48,13 @@ def attach(host: ModuleType) -> None:
 
 
 def main() -> None:
-    """Run anomalib's command line with MVFA registered."""
+    """Run anomalib's command line with MVFA registered, or our own command ``repeat``."""
     register()
+    if sys.argv[1:2] == ["repeat"]:
+        from .repeat import main as repeat
+
+        repeat(sys.argv[2:])
+        return
     from anomalib.cli.cli import main as anomalib_main
 
     anomalib_main()

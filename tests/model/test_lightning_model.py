@@ -6,8 +6,9 @@ import pytest
 import torch
 from anomalib.data import Folder
 from anomalib.engine import Engine
-from anomalib_mvfa import BMADFewShot, BMADLeaveOneOut, FewShot, Mvfa
 from lightning.pytorch import Callback, seed_everything
+
+from anomalib_mvfa import BMADFewShot, BMADLeaveOneOut, FewShot, Mvfa
 
 IMAGE_SIZE = 56
 
@@ -200,7 +201,11 @@ def test_momentum_of_masked_steps_does_not_reach_seg_adapters_later(make, engine
     model.settings = {"learning_rate": 1e-3, "class_name": "Brain"}
     optimizer = model.configure_optimizers()
     text = model.model.encode_states("Brain")
-    image, mask, label = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE), torch.zeros(1, IMAGE_SIZE, IMAGE_SIZE), torch.zeros(1)
+    image, mask, label = (
+        torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE),
+        torch.zeros(1, IMAGE_SIZE, IMAGE_SIZE),
+        torch.zeros(1),
+    )
 
     def step(with_seg):
         optimizer.zero_grad()
@@ -225,7 +230,11 @@ def test_one_image_alone_has_the_score_it_has_among_all(make, few_shot, engine):
     model, data = make(), few_shot()
     runner = engine()
     runner.fit(model, datamodule=data)
-    together = {path: score for batch in runner.predict(model, datamodule=data) for path, score in zip(batch.image_path, batch.pred_score, strict=True)}
+    together = {
+        path: score
+        for batch in runner.predict(model, datamodule=data)
+        for path, score in zip(batch.image_path, batch.pred_score, strict=True)
+    }
     for path in list(together)[::3]:
         alone = runner.predict(model, data_path=path)[0].pred_score
         assert alone.item() == pytest.approx(together[path].item(), abs=2e-3)  # read and resized as floats here

@@ -90,9 +90,6 @@ def test_near_neighbours_are_told_apart():
     assert (nearest_distance(query, row).diff() > 0).all()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="rounding makes them -1e-7, which torchmetrics takes for logits"
-)
 def test_no_distance_is_negative():
     rows = torch.nn.functional.normalize(torch.randn(500, 768, generator=torch.Generator().manual_seed(0)), dim=1)
     assert nearest_distance(rows, rows).min() >= 0

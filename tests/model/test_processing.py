@@ -57,7 +57,6 @@ def test_checkpoints_bring_the_size_and_keep_antialiasing():
     assert torch.allclose(processor(image), processor.transform(image), atol=2e-5)
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="the exported resize takes the transform for a Resize")
 @pytest.mark.parametrize("transform", [Compose([Resize((64, 64)), CenterCrop(56)]), None], ids=["compose", "none"])
 def test_checkpoints_bring_other_transforms(transform):
     """A model that was trained with another pre-processor loads."""

@@ -37,7 +37,6 @@ def test_check_slots_names_what_is_wrong(patterns):
     assert str(error.value).endswith(f"got {bad}")
 
 
-@pytest.mark.xfail(strict=True, reason="braces beside the slot pass the check and fail at the first prompt")
 @pytest.mark.parametrize("pattern", ["{} with {size}", "{}} x"])
 def test_other_braces_are_refused_or_kept(pattern):
     try:

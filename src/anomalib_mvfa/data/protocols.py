@@ -85,7 +85,7 @@ class FewShot(_Protocol):
         support_list: File that names the support, or folder with ``<category>/<K>-shot.txt``, in the published form;
             by default the support is drawn from the seed.
         group_by: Regular expression on image paths whose match (or first group) names a patient, say. No group is then
-            in more than one of support, validation and test: validation images that share one are left out.
+            in more than one of support, validation and test: validation images that share one with either are left out.
         train_batch_size: Views in a training batch; the published code trains with 1, and larger batches did worse.
         eval_batch_size: Images in a validation or test batch.
         num_workers: Processes that load validation and test images.
@@ -167,15 +167,16 @@ class FewShot(_Protocol):
         if not has_validation:
             rest = pool if support is None else self._without(pool, self._groups(support))
             test, pool = _set_aside(self.source, rest, self.seed, self.group_by)
+        pool = self._without(pool, self._groups(test))
         if support is None:
-            support = self._drawn(pool if not self.group_by else self._without(pool, self._groups(test)))
-        elif self.group_by and (shared := self._groups(support) & self._groups(test)):
+            support = self._drawn(pool)
+        elif shared := self._groups(support) & self._groups(test):
             msg = (
                 f"support_list={str(self.support_list)!r} names images of {sorted(shared)}, which are tested too "
                 f"(group_by={self.group_by!r}). Name images of other groups."
             )
             raise ValueError(msg)
-        val = self._without(pool, self._groups(support) | (self._groups(test) if self.group_by else set()))
+        val = self._without(pool, self._groups(support))
         _check_disjoint(support, val, test)
         if not len(test):
             msg = (

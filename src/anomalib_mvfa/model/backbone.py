@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ class ClipBackbone(nn.Module):
         RuntimeError: The weights of a tag could not be had.
     """
 
+    clip: Any  # open_clip ships no types
+    joint_width: int
     mean: torch.Tensor
     std: torch.Tensor
 
@@ -69,15 +72,13 @@ class ClipBackbone(nn.Module):
             msg = f"image_size={image_size} is smaller than one patch of {backbone}; it must be at least {patch_size}."
             raise ValueError(msg)
         state = _read_weights(backbone, pretrained, config, quick_gelu)
-        clip = _build(config, quick_gelu, image_size)
-        resize_pos_embed(state, clip)
-        resize_text_pos_embed(state, clip)
+        clip: Any = _build(config, quick_gelu, image_size)
         _load(clip, state, backbone, pretrained)
 
         self.clip = clip.requires_grad_(False).eval()
         self.tokenizer = _tokenizer(backbone, config)
         self.depth = len(clip.visual.transformer.resblocks)
-        self.width = clip.visual.class_embedding.shape[0]
+        self.width: int = clip.visual.class_embedding.shape[0]
         self.joint_width = config["embed_dim"]
         self.grid = image_size // patch_size
         self.fingerprint = _fingerprint(clip, quick_gelu)
@@ -207,8 +208,8 @@ def _read_weights(
     )
     if pretrained not in tags:
         msg = (
-            f"pretrained={pretrained!r} is neither a file nor a tag of {backbone} (its tags: {', '.join(tags) or 'none'}). "
-            f"{ways_out}"
+            f"pretrained={pretrained!r} is neither a file nor a tag of {backbone} (its tags: "
+            f"{', '.join(tags) or 'none'}). {ways_out}"
         )
         looks_like_path = path.suffix or len(path.parts) > 1
         raise FileNotFoundError(msg) if looks_like_path else ValueError(msg)
@@ -250,7 +251,15 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
 def _load(clip: nn.Module, state: dict[str, torch.Tensor], backbone: str, pretrained: str | None) -> None:
     expected = clip.state_dict()
     missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
-    misshaped = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+
+    def misfits() -> list[str]:
+        return [key for key in expected if key in state and state[key].shape != expected[key].shape]
+
+    if all(key.endswith("positional_embedding") for key in misfits()):
+        with suppress(RuntimeError, AssertionError):  # positions of no square grid, or of another width
+            resize_pos_embed(state, clip)
+            resize_text_pos_embed(state, clip)
+    misshaped = misfits()
     if missing or unexpected or misshaped:
         msg = (
             f"The weights {pretrained!r} do not fit backbone={backbone!r}: {len(missing)} parameters missing "

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from anomalib import LearningType
-from anomalib.data import AnomalibDataModule, Batch, ImageBatch, ImageItem
+from anomalib.data import AnomalibDataModule, ImageBatch, ImageItem
 from anomalib.data.utils import LabelName
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
@@ -109,7 +109,7 @@ class Mvfa(AnomalibModule):
         image_size: int = 240,
         levels: Sequence[int] | None = None,
         residual_ratio: float = 0.1,
-        class_name: str | None = None,
+        class_name: str | None = None,  # noqa: ARG002  # read from the saved hyper-parameters
         normal_states: Sequence[str] = NORMAL_STATES,
         abnormal_states: Sequence[str] = ABNORMAL_STATES,
         templates: Sequence[str] = TEMPLATES,
@@ -156,7 +156,9 @@ class Mvfa(AnomalibModule):
             bank_images=bank_images,
         )
         super().__init__(
-            pre_processor=self.configure_pre_processor((image_size, image_size)) if pre_processor is True else pre_processor,
+            pre_processor=self.configure_pre_processor((image_size, image_size))
+            if pre_processor is True
+            else pre_processor,
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
@@ -183,7 +185,7 @@ class Mvfa(AnomalibModule):
             load_adapters(self.model, adapters)
         self.loss = MvfaLoss(bce)
 
-        self.settings: dict[str, Any] | None = None
+        self.settings: dict[str, Any] = {}
         """What the data decided where arguments left it open; saved with checkpoints."""
         self._facts = DataFacts()
         self._bank_is_fresh = False
@@ -200,7 +202,7 @@ class Mvfa(AnomalibModule):
     def setup(self, stage: str) -> None:
         """Settle what follows the data, and how long to train."""
         self._facts = describe(self._datamodule, self._dataset("train"), self._dataset("test") or self._dataset("val"))
-        if self.settings is None:
+        if not self.settings:
             self._settle(_defaults(self._facts))
             logger.info("MVFA settings: %s", ", ".join(f"{key}={value}" for key, value in self.settings.items()))
         if stage == "fit":
@@ -235,7 +237,7 @@ class Mvfa(AnomalibModule):
                 "The training data hold no abnormal image: the adapters are not trained, and only the memory bank is "
                 "built. Use a FewShot datamodule to learn from labelled images.",
             )
-        if self.trainer.check_val_every_n_epoch == 1 and loop.max_epochs > 1:
+        if self.trainer.check_val_every_n_epoch == 1 and (loop.max_epochs or 0) > 1:
             self.trainer.check_val_every_n_epoch = loop.max_epochs
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.monitor is None:
@@ -266,7 +268,7 @@ class Mvfa(AnomalibModule):
         self._bank_is_fresh = False
         self._thresholds_are_set = False
 
-    def training_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:  # noqa: ANN002, ANN003
+    def training_step(self, batch: ImageBatch, *args, **kwargs) -> STEP_OUTPUT:  # noqa: ANN002, ANN003
         """Return the loss of a batch, from one data set, with its noun and its masks if it has any."""
         del args, kwargs
         if self._facts.normal_only:
@@ -278,7 +280,7 @@ class Mvfa(AnomalibModule):
         if not with_seg and self.trainer.world_size > 1:
             # Distributed training waits for a gradient of every weight; these are dropped before the step.
             loss = loss + 0.0 * sum(p.sum() for p in self.model.seg_adapters.parameters() if p.requires_grad)
-        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(batch.image))
+        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=batch.batch_size)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -292,8 +294,9 @@ class Mvfa(AnomalibModule):
     def on_train_epoch_end(self) -> None:
         """After the last epoch, see that the checkpoint to be saved can score, whether or not there was validation."""
         trainer = self.trainer
-        last = trainer.current_epoch + 1 >= trainer.max_epochs > 0 or 0 < trainer.max_steps <= trainer.global_step
-        if last or trainer.should_stop:
+        by_epochs = 0 < (trainer.max_epochs or 0) <= trainer.current_epoch + 1
+        by_steps = 0 < trainer.max_steps <= trainer.global_step
+        if by_epochs or by_steps or trainer.should_stop:
             self._prepare_to_score()
             self._set_thresholds_from_support()
 
@@ -303,7 +306,7 @@ class Mvfa(AnomalibModule):
         """Build the bank from the adapters as they are now."""
         self._prepare_to_score()
 
-    def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:  # noqa: ANN002, ANN003
+    def validation_step(self, batch: ImageBatch, *args, **kwargs) -> STEP_OUTPUT:  # noqa: ANN002, ANN003
         """Score a batch, with the noun of its data set."""
         del args, kwargs
         predictions = self.model(batch.image, self._text_features(class_name_of(batch)))
@@ -322,7 +325,7 @@ class Mvfa(AnomalibModule):
             self._calibrate_on_test()
         self._set_thresholds_from_support()
 
-    def test_step(self, batch: Batch, batch_idx: int, *args, **kwargs) -> STEP_OUTPUT:  # noqa: ANN002, ANN003
+    def test_step(self, batch: ImageBatch, batch_idx: int, *args, **kwargs) -> STEP_OUTPUT:  # noqa: ANN002, ANN003
         """Score a batch."""
         dataloader_idx = kwargs.get("dataloader_idx", args[0] if args else 0)
         scores = self._test_scores.pop((dataloader_idx, batch_idx), None)
@@ -372,15 +375,17 @@ class Mvfa(AnomalibModule):
 
     def _set_thresholds_from_support(self) -> None:
         """Let the post-processor find its thresholds on the support, if validation has given it none."""
-        labels = {int(item.gt_label) for _, item in self._support}
+        labels = {item.gt_label.item() for _, item in self._support if item.gt_label is not None}
         if self._thresholds_are_set or len(labels) < 2 or not isinstance(self.post_processor, PostProcessor):
             return
-        logger.info("Thresholds come from the %d support images: validation did not show both kinds.", len(self._support))
+        logger.info(
+            "Thresholds come from the %d support images: validation did not show both kinds.", len(self._support)
+        )
         for scores, item in self._support:
             predictions = self.model.fuse(scores)
             batch = ImageBatch(
-                image=item.image[None].to(self.device),
-                gt_label=item.gt_label[None].to(self.device),
+                image=torch.as_tensor(item.image)[None].to(self.device),
+                gt_label=torch.as_tensor(item.gt_label)[None].to(self.device),
                 gt_mask=None if item.gt_mask is None else item.gt_mask[None].to(self.device),
                 **{key: value for key, value in predictions._asdict().items() if value is not None},
             )
@@ -400,7 +405,7 @@ class Mvfa(AnomalibModule):
                     self._test_scores[loader_idx, batch_idx] = scores
         self.model.calibrate(self._test_scores.values())
         if self.trainer.world_size > 1:
-            ranges = self.all_gather(self.model.ranges)  # (ranks, 2, 2, 2)
+            ranges = torch.as_tensor(self.all_gather(self.model.ranges))  # (ranks, 2, 2, 2)
             self.model.ranges.copy_(torch.stack([ranges[..., 0].amin(dim=0), ranges[..., 1].amax(dim=0)], dim=-1))
 
     @contextmanager
@@ -464,21 +469,21 @@ class Mvfa(AnomalibModule):
             msg = (
                 "The checkpoint's adapters were trained on another backbone: its weights have the fingerprint "
                 f"{saved['backbone_fingerprint']}, those of backbone={self.hparams.backbone!r}, "
-                f"pretrained={self.hparams.pretrained!r} have {self.model.backbone.fingerprint}. Give the same backbone "
-                "and weights, for instance load_from_checkpoint(..., pretrained='path of the weight file')."
+                f"pretrained={self.hparams.pretrained!r} have {self.model.backbone.fingerprint}. Give the same "
+                "backbone and weights, for instance load_from_checkpoint(..., pretrained='path of the weight file')."
             )
             raise RuntimeError(msg)
         super().on_load_checkpoint(checkpoint)
         state = checkpoint["state_dict"]
         own = self.state_dict()
         state.update({key: value for key, value in own.items() if key.startswith(BACKBONE_PREFIX)})
-        if saved["settings"] is not None:
+        if saved["settings"]:
             self._settle(saved["settings"])
             if self.settings["class_name"] != saved["settings"]["class_name"]:
                 state["model.text_features"] = torch.full_like(own["model.text_features"], torch.nan)
         scoring = self.model.scoring
         whole = all(state[f"{BANK_PREFIX}{branch}"].numel() for branch in scoring.branches)
-        ranged = self.settings is None or self.settings["calibration"] != "support" or not state["model.ranges"].isnan().any()
+        ranged = self.settings.get("calibration") != "support" or not state["model.ranges"].isnan().any()
         self._bank_is_fresh = saved["bank_is_fresh"] and whole and ranged
         self._thresholds_are_set = saved["thresholds_are_set"]
 

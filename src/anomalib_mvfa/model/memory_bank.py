@@ -28,7 +28,8 @@ def nearest_distance(query: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
     with full_precision(query.device):
         query = normalize(query.float(), dim=-1)
         nearest = [(query @ rows.T).amax(dim=-1) for rows in bank.split(CHUNK)]
-        return 1 - torch.stack(nearest).amax(dim=0)
+        # Rounding can take a cosine beyond 1, and metrics take scores below 0 for logits.
+        return (1 - torch.stack(nearest).amax(dim=0)).clamp(min=0)
 
 
 class MemoryBank(DynamicBufferMixin):

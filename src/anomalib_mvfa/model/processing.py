@@ -8,7 +8,6 @@ from anomalib.pre_processing import PreProcessor
 from torch import nn
 from torchvision.transforms.v2 import InterpolationMode, Resize
 
-
 CUBIC = -0.5
 """Coefficient of the cubic kernel, as Pillow and torch's antialiased resize have it."""
 
@@ -29,7 +28,8 @@ class AntialiasedPreProcessor(PreProcessor):
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Restore the transform of a checkpoint, antialiased on export as well."""
         super().load_checkpoint_config(config)
-        self.export_transform = Squash(self.transform.size[0])
+        if isinstance(self.transform, Resize):  # another pre-processor's transform exports as anomalib does it
+            self.export_transform = Squash(self.transform.size[0])
 
 
 class Squash(nn.Module):

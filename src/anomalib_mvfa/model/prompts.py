@@ -71,4 +71,5 @@ def check_slots(name: str, patterns: Sequence[str]) -> list[str]:
 
 def compose(class_name: str, states: Sequence[str], templates: Sequence[str]) -> list[str]:
     """Return every state of the object in every template, state by state."""
-    return [template.format(state.format(class_name)) for state in states for template in templates]
+    named = [state.replace("{}", class_name) for state in states]
+    return [template.replace("{}", state) for state in named for template in templates]

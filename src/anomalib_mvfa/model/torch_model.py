@@ -76,7 +76,7 @@ class BranchScores(NamedTuple):
 
 
 class SupportViews(NamedTuple):
-    """A batch of support views: ``image`` ``(B, 3, H, W)``, ``label`` ``(B,)``, and the image that each is a view of."""
+    """A batch of support views: ``image`` ``(B, 3, H, W)``, ``label`` ``(B,)``, and which image each is a view of."""
 
     image: torch.Tensor
     label: torch.Tensor
@@ -97,7 +97,8 @@ class MvfaModel(nn.Module):
         quick_gelu: QuickGELU in place of GELU in the backbone.
         normalize: Normalise images by CLIP's mean and standard deviation, which the published code does not.
         adaptation: "adapter", or "projector" (paper, Table 4): linear layers that leave the stream alone.
-        residual: "pair" (published) or "single" (paper, Eq. 2), see :func:`~anomalib_mvfa.model.adapters.add_to_stream`.
+        residual: "pair" (published) or "single" (paper, Eq. 2), see
+            :func:`~anomalib_mvfa.model.adapters.add_to_stream`.
         train_levels: Levels (blocks) that have a loss and learn; all by default (paper, Table 5).
         score_levels: Levels that are scored; all by default.
         pooling: "mean" (published) or "max" (paper) over patches in the det loss.
@@ -153,9 +154,10 @@ class MvfaModel(nn.Module):
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            shape = (len(self.levels), self.backbone.width, self.backbone.joint_width, adaptation)
-            self.seg_adapters = BranchAdapters(*shape)
-            self.det_adapters = BranchAdapters(*shape)
+            self.seg_adapters, self.det_adapters = (
+                BranchAdapters(len(self.levels), self.backbone.width, self.backbone.joint_width, adaptation)
+                for _ in BRANCHES
+            )
         self.seg_adapters.train_only(self._trained)
         self.det_adapters.train_only(self._trained)
 
@@ -200,8 +202,8 @@ class MvfaModel(nn.Module):
         """
         if image.shape[-2] != self.image_size or image.shape[-1] != self.image_size:
             msg = (
-                f"Images of {image.shape[-2]}x{image.shape[-1]} pixels reached a model of image_size={self.image_size}. "
-                "Leave pre_processor at its default, or let it resize to image_size."
+                f"Images of {image.shape[-2]}x{image.shape[-1]} pixels reached a model of "
+                f"image_size={self.image_size}. Leave pre_processor at its default, or let it resize to image_size."
             )
             raise ValueError(msg)
         image = image.clamp(0, 1)
@@ -240,15 +242,14 @@ class MvfaModel(nn.Module):
         of_map = self._scored_tokens(tokens, scoring.map_branch)
         logits = torch.stack([patch_logits(level, text_features) for level in of_map], dim=1)  # (B, l, P, 2)
         distance = zero = few = None
-        with_few = scoring.weights.few > 0
-        if with_few:
+        if scoring.weights.few > 0:
             distance = self.bank.distance(scoring.map_branch, of_map, keep)
         if scoring.image_score != "map_max":
             of_det = self._scored_tokens(tokens, "det")
             pooling = scoring.image_score.removeprefix("det_")
             scores = [pool_patches(patch_logits(level, text_features).softmax(-1)[..., 1], pooling) for level in of_det]
             zero = torch.stack(scores).mean(dim=0)
-            if with_few:
+            if distance is not None:
                 far = distance if scoring.map_branch == "det" else self.bank.distance("det", of_det, keep)
                 far = upsample(to_grid(far.unsqueeze(-1)), self.image_size).flatten(1)
                 few = pool_patches(far, pooling)
@@ -336,8 +337,8 @@ class MvfaModel(nn.Module):
                     "One normal support image: its range is measured against its own other views, and may be narrow.",
                 )
                 keep = torch.tensor([row > 0 for row in range(len(owners))], device=keep.device)
-            keep = None if keep.all() or not keep.any() else keep
-            scores.append(self.branch_scores(tokens, self.text_features, keep))
+            whole = bool(keep.all()) or not keep.any()
+            scores.append(self.branch_scores(tokens, self.text_features, None if whole else keep))
         return scores
 
     @torch.no_grad()

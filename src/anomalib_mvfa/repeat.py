@@ -1,0 +1,267 @@
+"""``anomalib-mvfa repeat``: train and test with several seeds, and say how far to trust the mean.
+
+Axes: S seeds, N images, R resamples.
+"""
+
+import json
+import logging
+import re
+import subprocess
+from argparse import ArgumentParser, BooleanOptionalAction
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from anomalib.data import ImageBatch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rich.console import Console
+from rich.table import Table
+
+from .data.support import group_of
+
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
+
+PIXEL_BINS = 1024
+"""Of scores, for the interval of pixel AUROC; the figure itself is anomalib's."""
+METRICS = ("image_AUROC", "pixel_AUROC")
+COVERAGE = 0.95
+
+
+class ScoreRecorder(Callback):
+    """Keeps what every tested image scored: for intervals, the metrics alone do not suffice."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.paths: list[str] = []
+        self.labels: list[int] = []
+        self.scores: list[float] = []
+        self.pixels: list[np.ndarray] = []
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew, so that the last test counts."""
+        del trainer, pl_module
+        self.reset()
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ANN401
+        batch: ImageBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep path, label, score and pixel counts of a batch."""
+        del trainer, pl_module, outputs, batch_idx, dataloader_idx
+        self.paths += batch.image_path or []
+        self.labels += torch.as_tensor(batch.gt_label).int().tolist()
+        self.scores += torch.as_tensor(batch.pred_score).float().tolist()
+        if batch.gt_mask is not None and batch.anomaly_map is not None:
+            bins = (batch.anomaly_map.float() * PIXEL_BINS).long().clamp(0, PIXEL_BINS - 1).squeeze(1).flatten(1)
+            for row, mask in zip(bins, batch.gt_mask.flatten(1) > 0, strict=True):
+                counts = [torch.bincount(row[chosen], minlength=PIXEL_BINS) for chosen in (~mask, mask)]
+                self.pixels.append(torch.stack(counts).cpu().numpy())  # (2, PIXEL_BINS)
+
+
+def image_aurocs(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Image AUROC of resamples; ties count half.
+
+    Args:
+        scores: Of images ``(N,)``.
+        labels: 1 where abnormal ``(N,)``.
+        weights: How often each image is in each resample ``(R, N)``.
+
+    Returns:
+        Areas ``(R,)``, NaN where a resample lacks a kind.
+    """
+    bins = np.unique(scores, return_inverse=True)[1]
+    counts = np.zeros((len(scores), 2, bins.max() + 1))
+    counts[np.arange(len(scores)), labels, bins] = 1
+    return pixel_aurocs(counts, weights)
+
+
+def pixel_aurocs(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """AUROC of resamples, from counts of normal and abnormal pixels in bins of scores ``(N, 2, bins)``."""
+    normal, abnormal = (weights @ counts[:, kind] for kind in (0, 1))  # (R, bins)
+    below = normal.cumsum(axis=1) - 0.5 * normal
+    with np.errstate(invalid="ignore"):
+        return (abnormal * below).sum(axis=1) / (abnormal.sum(axis=1) * normal.sum(axis=1))
+
+
+def bootstrap(
+    runs: Sequence[ScoreRecorder], group_by: str | None, resamples: int, seed: int = 0
+) -> dict[str, list[float]]:
+    """Return the 95 % interval of each metric's mean over runs, from resamples of images, or of groups of images.
+
+    Args:
+        runs: Recorded tests, one a seed.
+        group_by: Regular expression on paths that names an image's group, see
+            :class:`~anomalib_mvfa.data.protocols.FewShot`.
+        resamples: R.
+        seed: Of the resampling.
+    """
+    groups = sorted({group_of(path, group_by) for run in runs for path in run.paths})
+    index = {group: position for position, group in enumerate(groups)}
+    draws = np.random.default_rng(seed).multinomial(len(groups), np.full(len(groups), 1 / len(groups)), resamples)
+    areas: dict[str, list[np.ndarray]] = {name: [] for name in METRICS}
+    for run in runs:
+        weights = draws[:, [index[group_of(path, group_by)] for path in run.paths]].astype(float)
+        areas["image_AUROC"].append(image_aurocs(np.array(run.scores), np.array(run.labels), weights))
+        if run.pixels:
+            areas["pixel_AUROC"].append(pixel_aurocs(np.stack(run.pixels), weights))
+    tails = [50 * (1 - COVERAGE), 50 * (1 + COVERAGE)]
+    return {name: np.nanpercentile(np.mean(rows, axis=0), tails).tolist() for name, rows in areas.items() if rows}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``anomalib train`` once a seed, and print and save means, spreads and intervals.
+
+    Args:
+        arguments: Own options, and those of ``anomalib train``.
+    """
+    parser = ArgumentParser(
+        prog="anomalib-mvfa repeat",
+        description="Train and test once a seed. All further options are those of `anomalib train`.",
+    )
+    parser.add_argument("--seeds", type=_seeds, default=[0, 1, 2], help="comma-separated; model.seed and data.seed")
+    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap over test images")
+    parser.add_argument("--output", type=Path, default=Path("results/repeat.json"))
+    parser.add_argument(
+        "--select_epoch_on_test",
+        action=BooleanOptionalAction,
+        default=False,
+        help="also test every epoch and report the best, as the published numbers do; optimistic",
+    )
+    own, train = parser.parse_known_args(arguments)
+    if own.resamples < 1:
+        parser.error(f"--resamples {own.resamples} must be at least 1")
+
+    runs, recorders = [], []
+    for seed in own.seeds:
+        run, recorder, group_by = _run(seed, train, own.select_epoch_on_test)
+        runs.append(run)
+        recorders.append(recorder)
+        # Written after each seed, so that a run cut short loses nothing.
+        report = _report(runs, bootstrap(recorders, group_by, own.resamples), group_by, own.resamples)
+        own.output.parent.mkdir(parents=True, exist_ok=True)
+        partial = own.output.with_name(own.output.name + ".partial")
+        partial.write_text(json.dumps(report, indent=2))
+        partial.replace(own.output)
+    _show(report, own.output)
+
+
+def _seeds(text: str) -> list[int]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        msg = f"{text!r} must be whole numbers with commas between, such as 0,1,2"
+        raise ValueError(msg)
+    return [int(seed) for seed in text.split(",")]
+
+
+def _run(seed: int, train: Sequence[str], every_epoch: bool) -> tuple[dict[str, Any], ScoreRecorder, str | None]:
+    """Train and test with one seed."""
+    from anomalib.cli.cli import AnomalibCLI
+
+    options = [*train, f"--model.seed={seed}", f"--data.seed={seed}"]
+    options += [f"--trainer.callbacks+={ScoreRecorder.__module__}.{ScoreRecorder.__name__}"]
+    if every_epoch:
+        options += [
+            "--trainer.callbacks+=anomalib.callbacks.ModelCheckpoint",
+            "--trainer.callbacks.save_top_k=-1",
+            "--trainer.callbacks.filename={epoch}",
+        ]
+    cli = AnomalibCLI(["train", *options])
+    trainer: Any = cli.engine.trainer  # Lightning sets its `callbacks` where type checkers do not see it
+    recorder = next(callback for callback in trainer.callbacks if isinstance(callback, ScoreRecorder))
+    run = {
+        "seed": seed,
+        "device": str(trainer.strategy.root_device),
+        "epochs": trainer.current_epoch,
+        "settings": getattr(cli.model, "settings", None),
+        "last_epoch": _figures(trainer),
+    }
+    if every_epoch:
+        last = ScoreRecorder()
+        last.__dict__.update(recorder.__dict__)
+        run["selected_on_test"] = _best_epoch(cli)
+        recorder = last
+    return run, recorder, getattr(cli.datamodule, "group_by", None)
+
+
+def _best_epoch(cli: Any) -> dict[str, Any]:  # noqa: ANN401  # AnomalibCLI, whose import is slow
+    """Test every epoch's checkpoint; the published criterion is image plus pixel AUROC."""
+    checkpoint = next(c for c in cli.engine.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
+    best: dict[str, Any] = {}
+    for path in sorted(Path(checkpoint.dirpath or ".").glob("epoch=*.ckpt"), key=lambda p: int(p.stem.split("=")[1])):
+        cli.engine.test(model=cli.model, datamodule=cli.datamodule, ckpt_path=path, verbose=False)
+        figures = _figures(cli.engine.trainer)
+        if not best or _criterion(figures) > _criterion(best):
+            best = {"epoch": int(path.stem.split("=")[1]) + 1, **figures}
+    return best
+
+
+def _criterion(figures: dict[str, float]) -> float:
+    return sum(figures[name] for name in METRICS if name in figures)
+
+
+def _figures(trainer: Trainer) -> dict[str, float]:
+    names = [name for name in trainer.callback_metrics if name.startswith(("image_", "pixel_"))]
+    return {name: float(trainer.callback_metrics[name]) for name in names}
+
+
+def _report(
+    runs: list[dict[str, Any]],
+    intervals: dict[str, list[float]],
+    group_by: str | None,
+    resamples: int,
+) -> dict[str, Any]:
+    def summary(which: str) -> dict[str, dict[str, Any]]:
+        values = {name: [run[which][name] for run in runs] for name in runs[0][which] if name != "epoch"}
+        return {name: {"mean": float(np.mean(row)), "min": min(row), "max": max(row)} for name, row in values.items()}
+
+    last = summary("last_epoch")
+    for name, interval in intervals.items():
+        last[name]["interval_95"] = interval
+    report = {
+        "commit": _commit(),
+        "calibration": (runs[0]["settings"] or {}).get("calibration"),
+        "bootstrap": {"over": group_by or "images", "resamples": resamples},
+        "last_epoch": last,
+        "runs": runs,
+    }
+    if "selected_on_test" in runs[0]:
+        report["selected_on_test"] = {
+            "note": "Epochs chosen by the test images' own labels: optimistic, to compare with published numbers only.",
+            **summary("selected_on_test"),
+        }
+    return report
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that runs, if it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # fixed arguments
+    return done.stdout.strip() or None
+
+
+def _show(report: dict[str, Any], output: Path) -> None:
+    seeds = ", ".join(str(run["seed"]) for run in report["runs"])
+    table = Table(title=f"Last epoch, seeds {seeds}, calibration {report['calibration']}")
+    for column in ("metric", "mean", "min", "max", f"95 % interval over {report['bootstrap']['over']}"):
+        table.add_column(column)
+    for name, row in report["last_epoch"].items():
+        low, high = row.get("interval_95", (None, None))
+        numbers = [f"{row[key]:.4f}" for key in ("mean", "min", "max")]
+        table.add_row(name, *numbers, f"{low:.4f} to {high:.4f}" if low is not None else "")
+    console = Console()
+    console.print(table)
+    if "selected_on_test" in report:
+        chosen = report["selected_on_test"]
+        means = ", ".join(f"{name} {row['mean']:.4f}" for name, row in chosen.items() if name in METRICS)
+        console.print(f"Epoch selected on the test images (optimistic): {means}")
+    console.print(f"Saved as {output}")
