@@ -251,15 +251,10 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
 def _load(clip: nn.Module, state: dict[str, torch.Tensor], backbone: str, pretrained: str | None) -> None:
     expected = clip.state_dict()
     missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
-
-    def misfits() -> list[str]:
-        return [key for key in expected if key in state and state[key].shape != expected[key].shape]
-
-    if all(key.endswith("positional_embedding") for key in misfits()):
-        with suppress(RuntimeError, AssertionError):  # positions of no square grid, or of another width
-            resize_pos_embed(state, clip)
-            resize_text_pos_embed(state, clip)
-    misshaped = misfits()
+    with suppress(RuntimeError, AssertionError):  # positions of no square grid, or of another width
+        resize_pos_embed(state, clip)
+        resize_text_pos_embed(state, clip)
+    misshaped = [key for key in expected if key in state and state[key].shape != expected[key].shape]
     if missing or unexpected or misshaped:
         msg = (
             f"The weights {pretrained!r} do not fit backbone={backbone!r}: {len(missing)} parameters missing "
