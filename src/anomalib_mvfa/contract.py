@@ -61,15 +61,18 @@ def describe(datamodule: AnomalibDataModule | None, train_data: Any = None, test
     """Describe a datamodule, or datasets that came without one."""
     train_data = getattr(datamodule, "train_data", train_data)
     test_data = getattr(datamodule, "test_data", test_data)
-    category = getattr(datamodule, "category", None) or getattr(test_data, "category", None)
-    class_name = getattr(datamodule, "class_name", None) or (category or "").replace("_", " ") or DEFAULT_CLASS_NAME
     tasks = [task for task in (_task(test_data), _task(train_data)) if task is not None]
     return DataFacts(
         protocol=getattr(datamodule, "protocol", FEW_SHOT),
-        class_name=class_name,
+        class_name=noun_of(datamodule) or noun_of(test_data) or DEFAULT_CLASS_NAME,
         has_masks=not tasks or tasks[0] == TaskType.SEGMENTATION,
         normal_only=train_data is not None and not has_label(train_data, LabelName.ABNORMAL),
     )
+
+
+def noun_of(source: Any) -> str | None:  # noqa: ANN401  # a datamodule, a dataset or nothing
+    """Return what prompts call the objects of a datamodule or dataset: its own noun, or else its category."""
+    return getattr(source, "class_name", None) or (getattr(source, "category", None) or "").replace("_", " ") or None
 
 
 def support_of(

@@ -13,7 +13,7 @@ from pandas import DataFrame
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Transform
 
-from ..contract import FEW_SHOT, LEAVE_ONE_OUT, Protocol
+from ..contract import FEW_SHOT, LEAVE_ONE_OUT, Protocol, noun_of
 from .dataset import ConcatDataset, SampleDataset, SupportViews
 from .samplers import eval_loader, train_loader
 from .support import KINDS, draw, group_of, pick, read_support_list, same_content, set_aside
@@ -149,7 +149,7 @@ class FewShot(_Protocol):
     @property
     def class_name(self) -> str | None:
         """The source's noun for prompts, if it has one."""
-        return getattr(self.source, "class_name", None)
+        return noun_of(self.source)
 
     def prepare_data(self) -> None:
         """Download the source's data if it does so."""
@@ -317,9 +317,9 @@ class LeaveOneOut(_Protocol):
         return self.target.name
 
     @property
-    def class_name(self) -> str:
+    def class_name(self) -> str | None:
         """The held-out source's noun for prompts, by default its category."""
-        return _noun(self.target)
+        return noun_of(self.target)
 
     def prepare_data(self) -> None:
         """Download the sources' data if they do so."""
@@ -338,16 +338,12 @@ class LeaveOneOut(_Protocol):
             learnt, validating = source.test_data.samples, dataset.samples
             if not has_validation:
                 learnt, validating = _set_aside(source, learnt, self.seed)
-            train.append(SampleDataset.of(source.test_data, learnt, _noun(source)))
-            val.append(SampleDataset.of(dataset, validating, _noun(source)))
+            train.append(SampleDataset.of(source.test_data, learnt, noun_of(source) or source.name))
+            val.append(SampleDataset.of(dataset, validating, noun_of(source) or source.name))
         self.train_data, self.val_data = ConcatDataset(train), ConcatDataset(val)
         self.target.val_split_mode = ValSplitMode.NONE  # of the target, all is tested
         _set_up(self.target, self.seed)
-        self.test_data = SampleDataset.of(self.target.test_data, self.target.test_data.samples, _noun(self.target))
-
-
-def _noun(source: AnomalibDataModule) -> str:
-    return getattr(source, "class_name", None) or (source.category or source.name).replace("_", " ")
+        self.test_data = SampleDataset.of(self.target.test_data, self.target.test_data.samples, noun_of(self.target))
 
 
 def _resolve(source: Source) -> AnomalibDataModule:

@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from .dataset import ConcatDataset, collate
 
+EPOCHS_APART = 1_000_000
+
 
 def _ranks() -> tuple[int, int]:
     """Number of processes, and which of them this is."""
@@ -69,7 +71,9 @@ def train_loader(dataset: AnomalibDataset, batch_size: int, seed: int, num_worke
         sampler = OneDatasetBatches(dataset, batch_size, seed)
         return DataLoader(dataset, batch_size=None, sampler=sampler, collate_fn=collate, num_workers=num_workers)
     world, rank = _ranks()
-    shuffled: DistributedSampler = DistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed)
+    # The sampler shuffles by seed + epoch; spread out, no two runs share an order.
+    spread = EPOCHS_APART * seed
+    shuffled: DistributedSampler = DistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=True, seed=spread)
     return DataLoader(
         dataset, batch_size=batch_size, sampler=shuffled, collate_fn=dataset.collate_fn, num_workers=num_workers
     )

@@ -96,8 +96,9 @@ class ClipBackbone(nn.Module):
         """Return the tokens ``(B, L, D)`` that enter the first block, of images ``(B, 3, H, W)``."""
         tower = self.clip.visual
         patches = tower.conv1(image).flatten(2).transpose(1, 2)  # (B, P, D)
-        class_token = tower.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
-        tokens = torch.cat([class_token, patches], dim=1) + tower.positional_embedding.to(patches.dtype)
+        class_token = tower.class_embedding.expand(patches.shape[0], 1, -1)
+        # In the weights' precision: under autocast, half precision stays inside of blocks, and the stream is exact.
+        tokens = torch.cat([class_token, patches.to(class_token.dtype)], dim=1) + tower.positional_embedding
         return tower.ln_pre(tokens)
 
     def block(self, index: int, x: torch.Tensor) -> torch.Tensor:

@@ -216,9 +216,11 @@ class MvfaModel(nn.Module):
             x = self.backbone.block(block - 1, x)
             if block in self.levels:
                 position = self.levels.index(block)
-                with _frozen(self.seg_adapters[position], not learn_seg):
-                    seg, to_stream_seg = self.seg_adapters[position](x)  # (B, L, E), (B, L, D)
-                det, to_stream_det = self.det_adapters[position](x)
+                # Out of autocast: features differ in their last digits, which half precision does not keep.
+                with torch.autocast(x.device.type, enabled=False):
+                    with _frozen(self.seg_adapters[position], not learn_seg):
+                        seg, to_stream_seg = self.seg_adapters[position](x)  # (B, L, E), (B, L, D)
+                    det, to_stream_det = self.det_adapters[position](x)
                 tokens.seg.append(seg)
                 tokens.det.append(det)
                 if to_stream_seg is not None:
