@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .checkpoint import load_adapters, save_adapters
     from .data import BMADFewShot, BMADLeaveOneOut, BMADOneClass, FewShot, LeaveOneOut, Phantom
     from .model.lightning_model import Mvfa
     from .model.torch_model import MvfaModel
@@ -21,7 +22,9 @@ __all__ = [
     "MvfaModel",
     "Phantom",
     "__version__",
+    "load_adapters",
     "register",
+    "save_adapters",
 ]
 
 # Imported on first use: importing this package must not import anomalib, whose import imports this package.
@@ -34,7 +37,9 @@ _HOMES = {
     "Mvfa": ".model.lightning_model",
     "MvfaModel": ".model.torch_model",
     "Phantom": ".data",
+    "load_adapters": ".checkpoint",
     "register": ".plugin",
+    "save_adapters": ".checkpoint",
 }
 
 
