@@ -30,9 +30,9 @@ def load_adapters(model: MvfaModel, path: str | Path) -> None:
         msg = f"adapters={str(path)!r} cannot be read as a .pth file; it may be cut short."
         raise ValueError(msg) from error
     keys = [f"{branch}_adapters" for branch in BRANCHES]
-    if not isinstance(saved, dict) or not all(key in saved for key in keys):
-        found = sorted(saved) if isinstance(saved, dict) else type(saved).__name__
-        msg = f"adapters={str(path)!r} must hold {' and '.join(keys)}, found {found}."
+    if not isinstance(saved, dict) or not all(_is_state_dict(saved.get(key)) for key in keys):
+        found = [str(key) for key in saved] if isinstance(saved, dict) else type(saved).__name__
+        msg = f"adapters={str(path)!r} must hold {' and '.join(keys)} state dicts; it holds {found}."
         raise ValueError(msg)
     for key in keys:
         expected = {name: tuple(weight.shape) for name, weight in getattr(model, key).state_dict().items()}
@@ -49,9 +49,13 @@ def load_adapters(model: MvfaModel, path: str | Path) -> None:
         getattr(model, key).load_state_dict(saved[key])
 
 
+def _is_state_dict(value: Any) -> bool:  # noqa: ANN401  # whatever a file holds
+    return isinstance(value, dict) and all(isinstance(weight, torch.Tensor) for weight in value.values())
+
+
 def save_adapters(model: MvfaModel, path: str | Path) -> None:
     """Save a model's adapters in the published form; a file that was there stays whole until the new one is."""
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     torch.save(

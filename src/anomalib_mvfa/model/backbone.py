@@ -25,6 +25,7 @@ RANDOM_SEED = 0
 TEXT_BATCH = 64
 FINGERPRINT_SAMPLES = 64
 
+_HUGGING_FACE = {"hf_model_name", "hf_tokenizer_name"}  # of text towers that need the package transformers
 _NOT_PARAMETERS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives
 
 
@@ -44,7 +45,7 @@ class ClipBackbone(nn.Module):
         width: D.
         joint_width: E.
         grid: G.
-        fingerprint: Of the weights, whatever file they came from and whatever the image size.
+        fingerprint: Of samples of the weights, whatever file they came from and whatever the image size.
 
     Raises:
         ValueError: Unknown backbone, tag or image size, an image tower other than a plain vision transformer, or a
@@ -72,7 +73,12 @@ class ClipBackbone(nn.Module):
             msg = f"image_size={image_size} is smaller than one patch of {backbone}; it must be at least {patch_size}."
             raise ValueError(msg)
         state = _read_weights(backbone, pretrained, config, quick_gelu)
-        clip: Any = _build(config, quick_gelu, image_size)
+        try:
+            with torch.random.fork_rng(devices=[]):  # what it initialises is overwritten
+                clip: Any = _build(config, quick_gelu, image_size)
+        except TypeError as error:
+            msg = f"backbone={backbone!r} is not a model config that open_clip understands ({error})."
+            raise ValueError(msg) from error
         _load(clip, state, backbone, pretrained)
 
         self.clip = clip.requires_grad_(False).eval()
@@ -121,8 +127,11 @@ class ClipBackbone(nn.Module):
 
 
 def working_backbones() -> list[str]:
-    """Return the names of open_clip's models whose image tower MVFA can adapt."""
-    return [name for name in open_clip.list_models() if _is_plain(open_clip.get_model_config(name))]
+    """Return the names of open_clip's models that MVFA can adapt, and that need no further package for their texts."""
+    configs = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
+    return [
+        name for name, config in configs.items() if _is_plain(config) and not _HUGGING_FACE & set(config["text_cfg"])
+    ]
 
 
 def _is_plain(config: dict[str, Any]) -> bool:
@@ -137,8 +146,12 @@ def _read_config(backbone: str) -> dict[str, Any]:
         if not path.is_file():
             msg = f"backbone={backbone!r}: there is no such model config. Give the path of an existing .json file."
             raise FileNotFoundError(msg)
-        config = json.loads(path.read_text())
-        config = config.get("model_cfg", config)
+        try:
+            config = json.loads(path.read_text())
+        except ValueError as error:
+            msg = f"backbone={backbone!r} is no JSON file ({error})."
+            raise ValueError(msg) from error
+        config = config.get("model_cfg", config) if isinstance(config, dict) else {}
         missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config)
         if missing:
             msg = f"backbone={backbone!r} is not a model config in open_clip's form: {sorted(missing)} missing."
@@ -268,7 +281,7 @@ def _load(clip: nn.Module, state: dict[str, torch.Tensor], backbone: str, pretra
 
 @torch.no_grad()
 def _fingerprint(clip: nn.Module, quick_gelu: bool) -> str:
-    """Hash samples of every weight; the position grid is left out since it depends on the image size."""
+    """Hash some values of every weight: models differ everywhere. The position grid depends on the image size."""
     digest = hashlib.sha256(f"quick_gelu={quick_gelu}".encode())
     for name, weight in sorted(clip.state_dict().items()):
         if name != "visual.positional_embedding":

@@ -300,8 +300,7 @@ class MvfaModel(nn.Module):
             views: Batches of support views, each image's unchanged view before its others.
 
         Returns:
-            Scores of every support image, in order of appearance, for :meth:`calibrate`. Empty when no few-shot
-            branch is in use.
+            Scores of every support image, in order of appearance, for :meth:`calibrate`.
 
         Raises:
             ValueError: There is no normal view.
