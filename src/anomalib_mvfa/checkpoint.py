@@ -31,8 +31,8 @@ def load_adapters(model: MvfaModel, path: str | Path) -> None:
         raise ValueError(msg) from error
     keys = [f"{branch}_adapters" for branch in BRANCHES]
     if not isinstance(saved, dict) or not all(_is_state_dict(saved.get(key)) for key in keys):
-        found = [str(key) for key in saved] if isinstance(saved, dict) else type(saved).__name__
-        msg = f"adapters={str(path)!r} must hold {' and '.join(keys)} state dicts; it holds {found}."
+        found = sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
+        msg = f"adapters={str(path)!r} must hold {' and '.join(keys)}, found {found}."
         raise ValueError(msg)
     for key in keys:
         expected = {name: tuple(weight.shape) for name, weight in getattr(model, key).state_dict().items()}
