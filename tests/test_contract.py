@@ -14,10 +14,10 @@ from anomalib_mvfa.contract import (
     class_name_of,
     describe,
     has_label,
-    support_of,
 )
 from anomalib_mvfa.data import BMADFewShot, BMADOneClass
 from anomalib_mvfa.data.augmentation import VIEWS
+from anomalib_mvfa.data.support import support_of
 
 
 @pytest.fixture(scope="module")

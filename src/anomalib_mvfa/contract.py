@@ -5,16 +5,12 @@ dataset of views of the support images, an image's unchanged view first, or None
 Any other anomalib datamodule works too: what it does not offer is derived from its datasets.
 """
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
 from anomalib import TaskType
 from anomalib.data import AnomalibDataModule, ImageBatch, ImageItem
 from anomalib.data.utils import LabelName
-from torch.utils.data import Dataset
-
-logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 DEFAULT_CLASS_NAME = "object"
 
@@ -73,37 +69,6 @@ def describe(datamodule: AnomalibDataModule | None, train_data: Any = None, test
 def noun_of(source: Any) -> str | None:  # noqa: ANN401  # a datamodule, a dataset or nothing
     """Return what prompts call the objects of a datamodule or dataset: its own noun, or else its category."""
     return getattr(source, "class_name", None) or (getattr(source, "category", None) or "").replace("_", " ") or None
-
-
-def support_of(
-    datamodule: AnomalibDataModule | None,
-    train_data: Any,  # noqa: ANN401  # any dataset of anomalib items
-    bank_images: int,
-    seed: int,
-) -> Dataset | None:
-    """Return the dataset of support views: the datamodule's own, or views of some normal training images.
-
-    Args:
-        datamodule: Where the data come from, if there is one.
-        train_data: Training dataset of a run without datamodule.
-        bank_images: How many normal images to draw where the datamodule has no support of its own.
-        seed: Of that draw.
-    """
-    from .data.dataset import SampleDataset, SupportViews
-    from .data.support import draw
-
-    if datamodule is not None and hasattr(datamodule, "support"):
-        return datamodule.support
-    train_data = getattr(datamodule, "train_data", train_data)
-    if train_data is None or not hasattr(train_data, "samples"):
-        return None
-    samples = train_data.samples
-    normal = samples[samples.label_index == LabelName.NORMAL]
-    if not len(normal):
-        return None
-    chosen = draw(normal, min(bank_images, len(normal)), seed)
-    logger.info("Memory bank: %d of %d normal training images, drawn with seed %d.", len(chosen), len(normal), seed)
-    return SupportViews(SampleDataset.of(train_data, chosen))
 
 
 def class_name_of(batch: ImageBatch | ImageItem) -> str | None:

@@ -1,13 +1,21 @@
 """Which images are the support, drawn from a seed or named in a published list, and how groups are kept apart."""
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import LabelName
 from pandas import DataFrame
+from torch.utils.data import Dataset
+
+from .dataset import SampleDataset, SupportViews
+
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 KINDS = {LabelName.NORMAL: ("normal", "n"), LabelName.ABNORMAL: ("abnormal", "a")}
 
@@ -136,3 +144,31 @@ def same_content(support: Iterable[str], others: Iterable[str]) -> list[tuple[st
 
 def _digest(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def support_of(
+    datamodule: AnomalibDataModule | None,
+    train_data: Any,  # noqa: ANN401  # any dataset of anomalib items
+    bank_images: int,
+    seed: int,
+) -> Dataset | None:
+    """Return the dataset of support views: the datamodule's own, or views of some normal training images.
+
+    Args:
+        datamodule: Where the data come from, if there is one.
+        train_data: Training dataset of a run without datamodule.
+        bank_images: How many normal images to draw where the datamodule has no support of its own.
+        seed: Of that draw.
+    """
+    if datamodule is not None and hasattr(datamodule, "support"):
+        return datamodule.support
+    train_data = getattr(datamodule, "train_data", train_data)
+    if train_data is None or not hasattr(train_data, "samples"):
+        return None
+    samples = train_data.samples
+    normal = samples[samples.label_index == LabelName.NORMAL]
+    if not len(normal):
+        return None
+    chosen = draw(normal, min(bank_images, len(normal)), seed)
+    logger.info("Memory bank: %d of %d normal training images, drawn with seed %d.", len(chosen), len(normal), seed)
+    return SupportViews(SampleDataset.of(train_data, chosen))

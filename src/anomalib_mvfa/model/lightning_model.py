@@ -21,7 +21,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..contract import DataFacts, class_name_of, describe, has_label, support_of
+from ..contract import DataFacts, class_name_of, describe, has_label
+from ..data.support import support_of
 from ..evaluation import metrics
 from .fusion import Weights
 from .losses import MvfaLoss
