@@ -52,6 +52,11 @@ class DataFacts:
     has_masks: bool = True
     normal_only: bool = False
 
+    @property
+    def identity(self) -> tuple[str, str, bool]:
+        """What tells these data from others, as far as the model is concerned."""
+        return self.class_name, self.protocol.name, self.has_masks
+
 
 def describe(datamodule: AnomalibDataModule | None, train_data: Any = None, test_data: Any = None) -> DataFacts:  # noqa: ANN401
     """Describe a datamodule, or datasets that came without one."""

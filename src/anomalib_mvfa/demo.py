@@ -25,9 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     if not CONFIG.is_file():
         parser.error(f"{CONFIG} is not in {Path.cwd()}. Run the demo in the root of a checkout of anomalib-mvfa.")
 
+    import torch
     from anomalib.cli.cli import AnomalibCLI, configure_logger
 
     configure_logger()
+    torch.set_num_threads(1)  # more gain nothing with arrays this small, and on a busy machine wait for each other
     start = time.monotonic()
     seed = ("--data.source.init_args.seed", "--data.init_args.seed", "--model.init_args.seed", "--seed_everything")
     command = ["--config", str(CONFIG), *(f"{name}={options.seed}" for name in seed), *overrides]

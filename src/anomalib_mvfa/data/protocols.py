@@ -341,8 +341,9 @@ class LeaveOneOut(_Protocol):
             train.append(SampleDataset.of(source.test_data, learnt, noun_of(source) or source.name))
             val.append(SampleDataset.of(dataset, validating, noun_of(source) or source.name))
         self.train_data, self.val_data = ConcatDataset(train), ConcatDataset(val)
-        self.target.val_split_mode = ValSplitMode.NONE  # of the target, all is tested
+        mode, self.target.val_split_mode = self.target.val_split_mode, ValSplitMode.NONE  # all of it is tested
         _set_up(self.target, self.seed)
+        self.target.val_split_mode = mode  # another protocol may use the same source
         self.test_data = SampleDataset.of(self.target.test_data, self.target.test_data.samples, noun_of(self.target))
 
 

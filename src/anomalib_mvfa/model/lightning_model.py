@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torch.utils.data import DataLoader
@@ -42,6 +44,17 @@ SUPPORT_BATCH = 16
 ONNX_OPSET = 18
 BACKBONE_PREFIX = "model.backbone."
 BANK_PREFIX = "model.bank."
+BANK_ARGUMENTS = (
+    "normal_states",
+    "abnormal_states",
+    "templates",
+    "normalize",
+    "residual",
+    "residual_ratio",
+    "score_levels",
+    "upsample",
+)
+"""Arguments other than settings that texts, bank or ranges were built with."""
 
 
 def _null(value: str | None) -> str | None:
@@ -189,6 +202,8 @@ class Mvfa(AnomalibModule):
         self.settings: dict[str, Any] = {}
         """What the data decided where arguments left it open; saved with checkpoints."""
         self._facts = DataFacts()
+        self._settled_for: tuple[str, str, bool] | None = None
+        self._is_fitted = False
         self._bank_is_fresh = False
         self._thresholds_are_set = False
         self._support: list[tuple[BranchScores, ImageItem]] = []
@@ -203,11 +218,42 @@ class Mvfa(AnomalibModule):
     def setup(self, stage: str) -> None:
         """Settle what follows the data, and how long to train."""
         self._facts = describe(self._datamodule, self._dataset("train"), self._dataset("test") or self._dataset("val"))
-        if not self.settings:
-            self._settle(_defaults(self._facts))
-            logger.info("MVFA settings: %s", ", ".join(f"{key}={value}" for key, value in self.settings.items()))
+        if stage == "fit" or not self.settings:
+            self._begin()
         if stage == "fit":
             self._plan_epochs()
+
+    def _begin(self) -> None:
+        """Settle by the data at hand, and forget what came of other data."""
+        self._is_fitted = self._bank_is_fresh = self._thresholds_are_set = False
+        self._support, self._texts = [], {}
+        with torch.no_grad():
+            self.model.text_features.fill_(torch.nan)
+        self._settle(_defaults(self._facts))
+        self._settled_for = self._facts.identity
+        logger.info("MVFA settings: %s", ", ".join(f"{key}={value}" for key, value in self.settings.items()))
+
+    def _match_data(self) -> None:
+        """See that settings which an earlier run or a checkpoint brought suit the data at hand."""
+        has_data = self._datamodule is not None or self._dataset("test") or self._dataset("val")
+        if not has_data or self._facts.identity == self._settled_for:
+            return
+        if not self._is_fitted:
+            self._begin()
+        elif self.settings["few_shot_weight"] == 0:
+            # Learnt from other data in any case: only the prompts and the map are those of what is tested.
+            wanted = _defaults(self._facts)
+            self._settle({**self.settings, **{key: wanted[key] for key in ("class_name", "map_branch")}})
+            self.model.text_features.fill_(torch.nan)
+            self._settled_for = self._facts.identity
+        else:
+            logger.warning(
+                "The model was fitted on %s (protocol %s), and the data at hand show %s. They are scored as %s, by the "
+                "bank of the fit. Fit anew to score them as what they are.",
+                *(self._settled_for or ("other data", "unknown"))[:2],
+                self._facts.class_name,
+                self.settings["class_name"],
+            )
 
     def _settle(self, defaults: dict[str, Any]) -> None:
         """Put arguments that are not None over defaults, and the result to use."""
@@ -238,7 +284,8 @@ class Mvfa(AnomalibModule):
                 "The training data hold no abnormal image: the adapters are not trained, and only the memory bank is "
                 "built. Use a FewShot datamodule to learn from labelled images.",
             )
-        if self.trainer.check_val_every_n_epoch == 1 and (loop.max_epochs or 0) > 1:
+        monitored = any(getattr(callback, "monitor", None) for callback in self.trainer.checkpoint_callbacks)
+        if self.trainer.check_val_every_n_epoch == 1 and (loop.max_epochs or 0) > 1 and not monitored:
             self.trainer.check_val_every_n_epoch = loop.max_epochs
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.monitor is None:
@@ -264,10 +311,13 @@ class Mvfa(AnomalibModule):
         ]
         return torch.optim.Adam(groups, lr=self.settings["learning_rate"], betas=BETAS)
 
+    def on_fit_start(self) -> None:
+        """Note that from here on, settings are those of a fit."""
+        self._is_fitted = True
+
     def on_train_epoch_start(self) -> None:
-        """Forget that the bank fits the adapters, which are about to change."""
-        self._bank_is_fresh = False
-        self._thresholds_are_set = False
+        """Forget that the bank fits the data: a fit without training builds it anew as well."""
+        self._bank_is_fresh = self._thresholds_are_set = False
 
     def training_step(self, batch: ImageBatch, *args, **kwargs) -> STEP_OUTPUT:  # noqa: ANN002, ANN003
         """Return the loss of a batch, from one data set, with its noun and its masks if it has any."""
@@ -287,6 +337,7 @@ class Mvfa(AnomalibModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Leave the seg adapters out of a step without masks: a gradient of 0 would still move them by momentum."""
         del optimizer
+        self._bank_is_fresh = self._thresholds_are_set = False  # the adapters are about to change
         if not self._saw_masks:
             for parameter in self.model.seg_adapters.parameters():
                 parameter.grad = None
@@ -298,8 +349,15 @@ class Mvfa(AnomalibModule):
         by_epochs = 0 < (trainer.max_epochs or 0) <= trainer.current_epoch + 1
         by_steps = 0 < trainer.max_steps <= trainer.global_step
         if by_epochs or by_steps or trainer.should_stop:
-            self._prepare_to_score()
-            self._set_thresholds_from_support()
+            self._finish()
+
+    def on_train_end(self) -> None:
+        """See to the same where a callback has stopped training after the epoch's end."""
+        self._finish()
+
+    def _finish(self) -> None:
+        self._prepare_to_score()
+        self._set_thresholds_from_support()
 
     # ------------------------------------------------------------------ evaluation
 
@@ -321,6 +379,8 @@ class Mvfa(AnomalibModule):
 
     def on_test_start(self) -> None:
         """Build the bank where no fit has, and take the ranges of the test set if so asked."""
+        if self.settings["calibration"] == "test":
+            self._thresholds_are_set = False  # they were found with other ranges
         self._prepare_to_score()
         if self.settings["calibration"] == "test":
             self._calibrate_on_test()
@@ -336,24 +396,28 @@ class Mvfa(AnomalibModule):
     def on_predict_start(self) -> None:
         """Refuse ranges of a test set, which a lone image does not have."""
         self._refuse_test_ranges("predict")
-        self._prepare_to_score()
+        self._finish()
 
     @torch.no_grad()
     def _prepare_to_score(self) -> None:
         """See to text features, bank and ranges for the adapters as they are."""
         with torch.inference_mode(False):
+            self._match_data()
             if self.model.text_features.isnan().any():
                 self.model.text_features.copy_(self._text_features(None))
-            if self._bank_is_fresh or self.settings["few_shot_weight"] == 0:
+            if self.settings["few_shot_weight"] == 0:
                 return
-            self._support = self._score_support()
-            if self.settings["calibration"] == "support":
+            support = support_of(self._datamodule, self._dataset("train"), self.hparams.bank_images, self.hparams.seed)
+            thresholds_need_it = not self._thresholds_are_set and not self._support and support is not None
+            if self._bank_is_fresh and not thresholds_need_it:
+                return
+            self._support = self._score_support(support)
+            if self.settings["calibration"] != "none":
                 self.model.calibrate(scores for scores, _ in self._support)
             self._bank_is_fresh = True
 
-    def _score_support(self) -> list[tuple[BranchScores, ImageItem]]:
+    def _score_support(self, support: Any) -> list[tuple[BranchScores, ImageItem]]:  # noqa: ANN401  # a dataset or None
         """Build the bank; return scores and item of every support image, scored as if it were unseen."""
-        support = support_of(self._datamodule, self._dataset("train"), self.hparams.bank_images, self.hparams.seed)
         if support is None:
             msg = (
                 "There are no support images to build the memory bank from: no finished fit is loaded, and the data "
@@ -398,9 +462,10 @@ class Mvfa(AnomalibModule):
     def _calibrate_on_test(self) -> None:
         """Take ranges from a first pass over the test set, and keep its scores, so that the backbone runs once."""
         loaders = self.trainer.test_dataloaders
+        self._test_scores.clear()
         with self._scoring_context():
             for loader_idx, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
-                for batch_idx, batch in enumerate(loader):
+                for batch_idx, batch in enumerate(islice(loader, int(self.trainer.num_test_batches[loader_idx]))):
                     tokens = self.model.tokens(self._preprocess(batch.image.to(self.device)))
                     scores = self.model.branch_scores(tokens, self.model.text_features)
                     self._test_scores[loader_idx, batch_idx] = scores
@@ -431,7 +496,8 @@ class Mvfa(AnomalibModule):
         name = target if noun in {None, self._facts.class_name} else noun
         if name not in self._texts:
             states = (given.normal_states, given.abnormal_states, given.templates)
-            self._texts[name] = self.model.encode_states(name, *states)
+            with torch.inference_mode(False):  # training may use what a validation has encoded
+                self._texts[name] = self.model.encode_states(name, *states)
         return self._texts[name].to(self.device)
 
     @property
@@ -442,6 +508,9 @@ class Mvfa(AnomalibModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out the frozen backbone, and a bank that does not fit the adapters; add what scoring needs to know."""
+        if self.trainer.state.fn == TrainerFn.FITTING and self.trainer.should_stop and not self._bank_is_fresh:
+            self._finish()
+            checkpoint["state_dict"] = self.state_dict()
         super().on_save_checkpoint(checkpoint)
         state = checkpoint["state_dict"]
         for key in list(state):
@@ -451,6 +520,9 @@ class Mvfa(AnomalibModule):
                 state[key] = state[key].new_empty(0)
         checkpoint["mvfa"] = {
             "settings": self.settings,
+            "settled_for": self._settled_for,
+            "arguments": {name: self.hparams[name] for name in BANK_ARGUMENTS},
+            "is_fitted": self._is_fitted,
             "bank_is_fresh": self._bank_is_fresh,
             "thresholds_are_set": self._thresholds_are_set,
             "backbone_fingerprint": self.model.backbone.fingerprint,
@@ -478,36 +550,72 @@ class Mvfa(AnomalibModule):
         state = checkpoint["state_dict"]
         own = self.state_dict()
         state.update({key: value for key, value in own.items() if key.startswith(BACKBONE_PREFIX)})
-        if saved["settings"]:
-            self._settle(saved["settings"])
-            if self.settings["class_name"] != saved["settings"]["class_name"]:
-                state["model.text_features"] = torch.full_like(own["model.text_features"], torch.nan)
-        scoring = self.model.scoring
-        whole = all(state[f"{BANK_PREFIX}{branch}"].numel() for branch in scoring.branches)
-        ranged = self.settings.get("calibration") != "support" or not state["model.ranges"].isnan().any()
-        self._bank_is_fresh = saved["bank_is_fresh"] and whole and ranged
-        self._thresholds_are_set = saved["thresholds_are_set"]
+        self._is_fitted = saved["is_fitted"]
+        self._settled_for = tuple(saved["settled_for"]) if saved["settled_for"] else None
+        self._settle(saved["settings"] or _defaults(self._facts))
+        self._support, self._texts = [], {}
+
+        # What was built with other arguments than are given now is built anew, from the support of the data at hand.
+        changed = [name for name in BANK_ARGUMENTS if saved["arguments"][name] != self.hparams[name]]
+        rescored = [key for key, value in saved["settings"].items() if self.settings.get(key) != value]
+        whole = all(state[f"{BANK_PREFIX}{branch}"].numel() for branch in self.model.scoring.branches)
+        ranged = self.settings["calibration"] == "none" or not state["model.ranges"].isnan().any()
+        same = not changed and "class_name" not in rescored
+        if not same:
+            state["model.text_features"] = torch.full_like(own["model.text_features"], torch.nan)
+        self._bank_is_fresh = saved["bank_is_fresh"] and whole and ranged and same
+        self._thresholds_are_set = saved["thresholds_are_set"] and same and not rescored
+        if not self._thresholds_are_set:
+            for name in ("_image_threshold", "_pixel_threshold"):
+                if f"post_processor.{name}" in state:
+                    state[f"post_processor.{name}"] = torch.full_like(own[f"post_processor.{name}"], torch.nan)
+        if changed or rescored:
+            logger.warning(
+                "The checkpoint was made with other values of %s: thresholds%s are taken anew from the support of the "
+                "data at hand, if there is any.",
+                ", ".join([*changed, *rescored]),
+                "" if self._bank_is_fresh else ", memory bank and ranges",
+            )
 
     def to_torch(self, *args, **kwargs) -> Path:  # noqa: ANN002, ANN003
         """Export as anomalib does, with weights that ask for no gradient."""
-        self._refuse_test_ranges("export")
+        self._check_exportable()
         learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        support, self._support = self._support, []  # images of patients do not belong into an exported file
         try:
             self.requires_grad_(False)
             return super().to_torch(*args, **kwargs)
         finally:
+            self._support = support
             for parameter in learning:
                 parameter.requires_grad_(True)
 
     def to_onnx(self, *args, **kwargs) -> Path:  # noqa: ANN002, ANN003
         """Export as anomalib does, in the operator set that torch writes: converting it to an older one fails."""
-        self._refuse_test_ranges("export")
+        self._check_exportable()
         return super().to_onnx(*args, **{"opset_version": ONNX_OPSET, **kwargs})
 
     def to_openvino(self, *args, **kwargs) -> Path:  # noqa: ANN002, ANN003
         """Export as anomalib does."""
-        self._refuse_test_ranges("export")
+        self._check_exportable()
         return super().to_openvino(*args, **kwargs)
+
+    @torch.no_grad()
+    def _check_exportable(self) -> None:
+        """Refuse to export a model that cannot score, which an exported file would not say."""
+        self._refuse_test_ranges("export")
+        if not self.settings:
+            self._begin()
+        scoring = self.model.scoring
+        empty = [branch for branch in scoring.branches if getattr(self.model.bank, branch).numel() == 0]
+        if scoring.weights.few > 0 and (empty or (scoring.ranged and self.model.ranges.isnan().any())):
+            msg = (
+                "The model cannot be exported: its memory bank or ranges are missing. Export after a fit, or from a "
+                "checkpoint of a finished one, or set few_shot_weight to 0."
+            )
+            raise RuntimeError(msg)
+        if self.model.text_features.isnan().any():
+            self.model.text_features.copy_(self._text_features(None))
 
     def _refuse_test_ranges(self, what: str) -> None:
         if self.hparams.calibration == "test":

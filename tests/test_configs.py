@@ -1,0 +1,264 @@
+"""Every config runs on anomalib's command line: as its comments say, on small data where it looks for data."""
+
+import inspect
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+from anomalib.cli.cli import AnomalibCLI
+
+from anomalib_mvfa import BMADFewShot, Mvfa, MvfaModel
+from anomalib_mvfa.data.bmad import CATEGORIES
+from anomalib_mvfa.data.phantom import write_phantom
+from anomalib_mvfa.data.support import group_of
+from recipe import write_support_list
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+COMMAND = re.compile(r"anomalib (train|test) --config (configs/\w+\.yaml)([^`\n]*)")
+QUICK = {
+    "model.visualizer": "false",
+    "data.num_workers": 0,
+    "trainer.accelerator": "cpu",
+    "trainer.enable_progress_bar": "false",
+}
+
+
+# ------------------------------------------------------------------------------------------------- What each is about
+
+
+def check_demo(cli):
+    assert cli.model.model.backbone.depth == 4
+    assert cli.datamodule.name == "Phantom"
+    assert cli.model.settings["protocol"] == "few_shot"
+    assert support_counts(cli) == {0: 12, 1: 12}
+    assert Path("datasets/Phantom").is_dir()
+
+
+def check_few_shot(cli):
+    assert cli.datamodule.category == "Liver"
+    assert cli.model.settings == {
+        "protocol": "few_shot",
+        "class_name": "Liver",
+        "map_branch": "seg",
+        "image_score": "map_max",
+        "zero_shot_weight": 0.5,
+        "few_shot_weight": 0.5,
+        "learning_rate": 1e-3,
+        "calibration": "support",
+    }
+    assert support_counts(cli) == {0: 4, 1: 4}
+    assert learning_rates(cli) == {1e-3}
+
+
+def check_leave_one_out(cli):
+    data, settings = cli.datamodule, cli.model.settings
+    assert (settings["protocol"], settings["class_name"]) == ("leave_one_out", "Liver")
+    assert (settings["few_shot_weight"], settings["calibration"]) == (0, "none")
+    assert settings["image_score"] == "det_mean"
+    assert learning_rates(cli) == {1e-4}
+    assert [part.class_name for part in data.train_data.datasets] == [
+        category.class_name for name, category in CATEGORIES.items() if name != "Liver"
+    ]
+    assert not any("/Liver/" in path for part in data.train_data.datasets for path in part.samples.image_path)
+    assert all("/Liver/" in path for path in data.test_data.samples.image_path)
+    assert not any(value.numel() for name, value in cli.model.state_dict().items() if name.startswith("model.bank."))
+
+
+def check_mvfa_paper_losses(cli):
+    model = cli.model.model
+    assert (model.residual, model.pooling, model.upsample) == ("single", "max", "probabilities")
+    assert cli.model.loss.bce == "plain"
+    assert (cli.model.settings["calibration"], cli.model.settings["image_score"]) == ("none", "det_max")
+    assert (model.scoring.ranged, model.scoring.image_score) == (False, "det_max")
+    assert model.ranges.isnan().all()
+    assert cli.model.settings["few_shot_weight"] == 0.5
+
+
+def check_mvtec(cli):
+    data = cli.datamodule
+    assert (data.name, data.category) == ("MVTecAD", "screw")
+    assert cli.model.settings["class_name"] == "screw"
+    assert support_counts(cli) == {0: 4, 1: 4}
+    assert (len(data.val_data), len(data.test_data)) == (2, 10)
+
+
+def check_own_data(cli):
+    data = cli.datamodule
+    assert cli.model.settings["class_name"] == "mammogram"
+    assert support_counts(cli) == {0: 4, 1: 4}
+    parts = [set(part.samples.image_path) for part in (data.support, data.val_data, data.test_data)]
+    patients = [{group_of(path, r"/(p\d+)_") for path in part} for part in parts]
+    assert all(parts)
+    assert all(one.isdisjoint(other) for one, other in combinations(patients, 2))
+    assert sum(map(len, patients)) < sum(map(len, parts))
+
+    data.source._is_setup = data._is_setup = False  # by itself, the draw does not keep these patients apart
+    data.group_by = None
+    data.setup()
+    parts = [data.support, data.val_data, data.test_data]
+    patients = [{group_of(path, r"/(p\d+)_") for path in part.samples.image_path} for part in parts]
+    assert any(one & other for one, other in combinations(patients, 2))
+
+
+def check_published_adapters(cli):
+    saved = torch.load("checkpoints/few-shot/Brain.pth")
+    for branch in ("seg_adapters", "det_adapters"):
+        torch.testing.assert_close(getattr(cli.model.model, branch).state_dict(), saved[branch], atol=0, rtol=0)
+    assert cli.model.settings["calibration"] == "test"
+    assert cli.model.model.scoring.ranged
+    assert cli.model.model.ranges[0].isfinite().all()
+    names = [Path(path).name for path in cli.datamodule.support.samples.image_path]
+    assert names == ["004.png", "001.png", "003.png", "000.png", "000.png", "005.png", "002.png", "001.png"]
+    assert cli.engine.trainer.global_step == 0
+    assert list(Path("results/published_adapters").iterdir())
+    assert [path.name for path in Path("results").iterdir()] == ["published_adapters"]
+
+
+def support_counts(cli):
+    return cli.datamodule.support.samples.label_index.value_counts().to_dict()
+
+
+def learning_rates(cli):
+    return {group["lr"] for optimizer in cli.engine.trainer.optimizers for group in optimizer.param_groups}
+
+
+class Case(NamedTuple):
+    """What replaces the arguments that are too large for a test, and what a run must then show."""
+
+    check: Callable[[AnomalibCLI], None]
+    overrides: dict[str, object]
+
+
+TINY_CLIP = {"model.backbone": "tiny.json", "model.pretrained": "null", "model.image_size": 56, "model.max_epochs": 1}
+CASES = {
+    "demo": Case(check_demo, {"model.max_epochs": 1}),
+    "few_shot": Case(check_few_shot, TINY_CLIP),
+    "leave_one_out": Case(check_leave_one_out, TINY_CLIP),
+    "mvfa_paper_losses": Case(check_mvfa_paper_losses, TINY_CLIP),
+    "mvtec": Case(check_mvtec, TINY_CLIP),
+    "own_data": Case(check_own_data, TINY_CLIP),
+    "published_adapters": Case(
+        check_published_adapters,
+        {"model.backbone": "mini.json", "model.pretrained": "mini.pt", "model.image_size": 70},
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------------------------- Where they run
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, phantom_root, tiny_config, mini_clip):
+    """Return a folder that holds what configs name, where they name it."""
+    root = tmp_path_factory.mktemp("workspace")
+    shutil.copytree(CONFIGS[0].parent, root / "configs")
+    shutil.copyfile(tiny_config, root / "tiny.json")
+    shutil.copyfile(mini_clip.config, root / "mini.json")
+    shutil.copyfile(mini_clip.weights, root / "mini.pt")
+    (root / "checkpoints" / "few-shot").mkdir(parents=True)
+    shutil.copyfile(mini_clip.adapters, root / "checkpoints" / "few-shot" / "Brain.pth")
+    normal, abnormal = ["004.png", "001.png", "003.png", "000.png"], ["000.png", "005.png", "002.png", "001.png"]
+    write_support_list(root / "datasets" / "fewshot_seed", "Brain", normal, abnormal)
+
+    shutil.copytree(phantom_root, root / "datasets" / "BMAD")
+    for seed, (name, category) in enumerate(CATEGORIES.items()):
+        if name != "Brain":
+            scratch = root / f"scratch-{name}"
+            write_phantom(scratch, seed=seed, size=32, train=1, valid=6, test=3)
+            folder = (scratch / "Brain").rename(root / "datasets" / "BMAD" / name)
+            for masks in () if category.has_masks else [*folder.rglob("label")]:
+                shutil.rmtree(masks)
+
+    write_phantom(root / "slices", seed=9, size=32, train=40, valid=12, test=10)
+    train, normal, abnormal = (
+        sorted((root / "slices" / "Brain").glob(f"{kind}/img/*.png"))
+        for kind in ("train/good", "[vt][ae][ls]*/good", "[vt][ae][ls]*/Ungood")
+    )
+    mvtec = root / "datasets" / "MVTecAD" / "screw"
+    for i in range(10):
+        copy(train[i], mvtec / "train" / "good" / f"{i:03d}.png")
+        copy(normal[i], mvtec / "test" / "good" / f"{i:03d}.png")
+        copy(abnormal[i], mvtec / "test" / "scratch" / f"{i:03d}.png")
+        copy(mask_of(abnormal[i]), mvtec / "ground_truth" / "scratch" / f"{i:03d}_mask.png")
+    own = root / "datasets" / "own"
+    for i, path in enumerate([*train, *normal]):
+        copy(path, own / "normal" / f"p{i // 2:02d}_{i % 2:02d}.png")
+    for i, path in enumerate(abnormal):
+        name = f"p{29 + i // 2}_{2 + i % 2:02d}.png"  # the first two patients have normal images too
+        copy(path, own / "abnormal" / name)
+        copy(mask_of(path), own / "masks" / name)
+    return root
+
+
+@pytest.fixture
+def here(workspace, tmp_path, monkeypatch):
+    """Stand in a checkout with the workspace's data and no results."""
+    for path in workspace.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+
+
+def copy(source, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def mask_of(path):
+    return path.parent.parent / "label" / path.name
+
+
+# --------------------------------------------------------------------------------------------------------------- Tests
+
+
+def test_every_config_has_a_case():
+    assert {path.stem for path in CONFIGS} == set(CASES)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.usefixtures("here")
+def test_config_runs(path):
+    command, file, extra = "train", f"configs/{path.name}", ""
+    if match := COMMAND.search(path.read_text()):  # as its comments say, where they do
+        command, file, extra = match.groups()
+        assert file == f"configs/{path.name}"
+    check, overrides = CASES[path.stem]
+    options = [f"--{name}={value}" for name, value in {**QUICK, **overrides}.items()]
+
+    cli = AnomalibCLI([command, "--config", file, *shlex.split(extra), *options])
+
+    metrics = cli.engine.trainer.callback_metrics
+    assert 0 <= metrics["image_AUROC"] <= 1
+    assert 0 <= metrics["pixel_AUROC"] <= 1
+    for name, value in yaml.safe_load(path.read_text())["model"]["init_args"].items():
+        if f"model.{name}" not in overrides:
+            assert cli.model.hparams[name] == value, name
+    check(cli)
+
+
+def test_few_shot_shows_every_argument_at_its_default():
+    config = yaml.safe_load((CONFIGS[0].parent / "few_shot.yaml").read_text())
+    components = {"pre_processor", "post_processor", "evaluator", "visualizer"}
+    prompts = {"normal_states", "abnormal_states", "templates"}
+    augmentations = {"train_augmentations", "val_augmentations", "test_augmentations", "augmentations"}
+
+    expected = defaults(Mvfa, without=components | prompts)
+    expected |= {
+        name: defaults(MvfaModel)[name] for name in ("backbone", "pretrained")
+    }  # Mvfa's own can be set outside
+    assert config["model"]["init_args"] == expected
+
+    shown, expected = config["data"]["init_args"], defaults(BMADFewShot, without=augmentations)
+    assert Path(shown.pop("root")) == Path(expected.pop("root"))
+    assert shown == expected
+
+
+def defaults(function, without=frozenset()):
+    parameters = inspect.signature(function).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name not in without}
