@@ -22,6 +22,8 @@ from recipe import write_support_list
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 COMMAND = re.compile(r"anomalib (train|test) --config (configs/\w+\.yaml)([^`\n]*)")
+NORMAL = ["004.png", "001.png", "003.png", "000.png"]  # not those that the seed would draw
+ABNORMAL = ["000.png", "005.png", "002.png", "001.png"]
 QUICK = {
     "model.visualizer": "false",
     "data.num_workers": 0,
@@ -63,10 +65,10 @@ def check_leave_one_out(cli):
     assert (settings["few_shot_weight"], settings["calibration"]) == (0, "none")
     assert settings["image_score"] == "det_mean"
     assert learning_rates(cli) == {1e-4}
-    assert [part.class_name for part in data.train_data.datasets] == [
+    assert [part.class_name for part in data.train_data.parts] == [
         category.class_name for name, category in CATEGORIES.items() if name != "Liver"
     ]
-    assert not any("/Liver/" in path for part in data.train_data.datasets for path in part.samples.image_path)
+    assert not any("/Liver/" in path for part in data.train_data.parts for path in part.samples.image_path)
     assert all("/Liver/" in path for path in data.test_data.samples.image_path)
     assert not any(value.numel() for name, value in cli.model.state_dict().items() if name.startswith("model.bank."))
 
@@ -114,8 +116,9 @@ def check_published_adapters(cli):
     assert cli.model.settings["calibration"] == "test"
     assert cli.model.model.scoring.ranged
     assert cli.model.model.ranges[0].isfinite().all()
-    names = [Path(path).name for path in cli.datamodule.support.samples.image_path]
-    assert names == ["004.png", "001.png", "003.png", "000.png", "000.png", "005.png", "002.png", "001.png"]
+    samples = cli.datamodule.support.samples
+    for label, names in enumerate((NORMAL, ABNORMAL)):
+        assert {Path(path).name for path in samples.image_path[samples.label_index == label]} == set(names)
     assert cli.engine.trainer.global_step == 0
     assert list(Path("results/published_adapters").iterdir())
     assert [path.name for path in Path("results").iterdir()] == ["published_adapters"]
@@ -164,8 +167,7 @@ def workspace(tmp_path_factory, phantom_root, tiny_config, mini_clip):
     shutil.copyfile(mini_clip.weights, root / "mini.pt")
     (root / "checkpoints" / "few-shot").mkdir(parents=True)
     shutil.copyfile(mini_clip.adapters, root / "checkpoints" / "few-shot" / "Brain.pth")
-    normal, abnormal = ["004.png", "001.png", "003.png", "000.png"], ["000.png", "005.png", "002.png", "001.png"]
-    write_support_list(root / "datasets" / "fewshot_seed", "Brain", normal, abnormal)
+    write_support_list(root / "datasets" / "fewshot_seed", "Brain", NORMAL, ABNORMAL)
 
     shutil.copytree(phantom_root, root / "datasets" / "BMAD")
     for seed, (name, category) in enumerate(CATEGORIES.items()):

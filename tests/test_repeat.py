@@ -1,9 +1,11 @@
 """Several seeds in one run: areas, intervals, and the command itself."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 from anomalib_mvfa.repeat import PIXEL_BINS, ScoreRecorder, bootstrap, image_aurocs, main, pixel_aurocs
@@ -44,6 +46,24 @@ def test_the_interval_covers_the_mean_and_is_wider_over_patients():
     assert low < roc_auc_score(labels, scores) < high
     wide_low, wide_high = bootstrap([run], r"patient\d+", 400)["image_AUROC"]
     assert wide_high - wide_low > high - low
+
+
+def test_pixel_counts_resolve_scores_in_a_small_part_of_the_range():
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(6, 20, 20, generator=generator) > 0.8
+    maps = 0.004 + 0.001 * torch.randn(6, 20, 20, generator=generator) + 0.001 * masks
+    recorder = ScoreRecorder()
+    for part in (slice(0, 3), slice(3, 6)):
+        batch = SimpleNamespace(
+            image_path=["a.png"] * 3,
+            gt_label=torch.ones(3),
+            pred_score=torch.rand(3),
+            gt_mask=masks[part],
+            anomaly_map=maps[part, None],
+        )
+        recorder.on_test_batch_end(None, None, None, batch, 0)
+    expected = roc_auc_score(masks.flatten(), maps.flatten())
+    np.testing.assert_allclose(pixel_aurocs(np.stack(recorder.pixels), np.ones((1, 6))), [expected], atol=5e-4)
 
 
 def test_resamples_without_one_kind_do_not_count():

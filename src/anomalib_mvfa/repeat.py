@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import ImageBatch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +25,8 @@ from .data.support import group_of
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 PIXEL_BINS = 1024
-"""Of scores, for the interval of pixel AUROC; the figure itself is anomalib's."""
+"""Of scores, for the interval of pixel AUROC; the figure itself is anomalib's. Half of the edges are evenly spaced, and
+half are quantiles of the first batch, since scores may fill a small part of [0, 1]."""
 METRICS = ("image_AUROC", "pixel_AUROC")
 COVERAGE = 0.95
 
@@ -42,6 +43,7 @@ class ScoreRecorder(Callback):
         self.labels: list[int] = []
         self.scores: list[float] = []
         self.pixels: list[np.ndarray] = []
+        self._edges: torch.Tensor | None = None
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew, so that the last test counts."""
@@ -63,10 +65,23 @@ class ScoreRecorder(Callback):
         self.labels += torch.as_tensor(batch.gt_label).int().tolist()
         self.scores += torch.as_tensor(batch.pred_score).float().tolist()
         if batch.gt_mask is not None and batch.anomaly_map is not None:
-            bins = (batch.anomaly_map.float() * PIXEL_BINS).long().clamp(0, PIXEL_BINS - 1).squeeze(1).flatten(1)
+            maps = batch.anomaly_map.float().squeeze(1).flatten(1)
+            if self._edges is None:
+                even = torch.linspace(0, 1, PIXEL_BINS // 2, device=maps.device)
+                order = maps.flatten().sort().values
+                quantiles = order[torch.linspace(0, order.numel() - 1, PIXEL_BINS // 2, device=maps.device).long()]
+                self._edges = torch.cat([even, quantiles]).sort().values
+            bins = torch.bucketize(maps, self._edges)
             for row, mask in zip(bins, batch.gt_mask.flatten(1) > 0, strict=True):
-                counts = [torch.bincount(row[chosen], minlength=PIXEL_BINS) for chosen in (~mask, mask)]
-                self.pixels.append(torch.stack(counts).cpu().numpy())  # (2, PIXEL_BINS)
+                counts = [torch.bincount(row[chosen], minlength=PIXEL_BINS + 1) for chosen in (~mask, mask)]
+                self.pixels.append(torch.stack(counts).int().cpu().numpy())  # (2, PIXEL_BINS + 1)
+
+
+class EveryEpoch(ModelCheckpoint):
+    """Keeps the checkpoint of every epoch, apart from those that the user asks for."""
+
+    def __init__(self) -> None:
+        super().__init__(save_top_k=-1, filename="every_epoch/{epoch}")
 
 
 def image_aurocs(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -80,15 +95,19 @@ def image_aurocs(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) ->
     Returns:
         Areas ``(R,)``, NaN where a resample lacks a kind.
     """
-    bins = np.unique(scores, return_inverse=True)[1]
-    counts = np.zeros((len(scores), 2, bins.max() + 1))
-    counts[np.arange(len(scores)), labels, bins] = 1
-    return pixel_aurocs(counts, weights)
+    order = np.argsort(scores, kind="stable")
+    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # of runs of equal scores
+    normal, abnormal = (np.add.reduceat((weights * (labels == kind))[:, order], starts, axis=1) for kind in (0, 1))
+    return _areas(normal, abnormal)
 
 
 def pixel_aurocs(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """AUROC of resamples, from counts of normal and abnormal pixels in bins of scores ``(N, 2, bins)``."""
-    normal, abnormal = (weights @ counts[:, kind] for kind in (0, 1))  # (R, bins)
+    return _areas(*(weights @ counts[:, kind] for kind in (0, 1)))
+
+
+def _areas(normal: np.ndarray, abnormal: np.ndarray) -> np.ndarray:
+    """Areas ``(R,)`` from weights of normal and abnormal items in bins of increasing scores ``(R, bins)``."""
     below = normal.cumsum(axis=1) - 0.5 * normal
     with np.errstate(invalid="ignore"):
         return (abnormal * below).sum(axis=1) / (abnormal.sum(axis=1) * normal.sum(axis=1))
@@ -171,9 +190,7 @@ def _run(seed: int, train: Sequence[str], every_epoch: bool) -> tuple[dict[str, 
     options += [f"--trainer.callbacks+={ScoreRecorder.__module__}.{ScoreRecorder.__name__}"]
     if every_epoch:
         options += [
-            "--trainer.callbacks+=anomalib.callbacks.ModelCheckpoint",
-            "--trainer.callbacks.save_top_k=-1",
-            "--trainer.callbacks.filename={epoch}",
+            f"--trainer.callbacks+={EveryEpoch.__module__}.{EveryEpoch.__name__}",
         ]
     cli = AnomalibCLI(["train", *options])
     trainer: Any = cli.engine.trainer  # Lightning sets its `callbacks` where type checkers do not see it
@@ -195,9 +212,11 @@ def _run(seed: int, train: Sequence[str], every_epoch: bool) -> tuple[dict[str, 
 
 def _best_epoch(cli: Any) -> dict[str, Any]:  # noqa: ANN401  # AnomalibCLI, whose import is slow
     """Test every epoch's checkpoint; the published criterion is image plus pixel AUROC."""
-    checkpoint = next(c for c in cli.engine.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
+    checkpoint = next(c for c in cli.engine.trainer.checkpoint_callbacks if isinstance(c, EveryEpoch))
     best: dict[str, Any] = {}
-    for path in sorted(Path(checkpoint.dirpath or ".").glob("epoch=*.ckpt"), key=lambda p: int(p.stem.split("=")[1])):
+    for path in sorted(
+        Path(checkpoint.dirpath or ".").glob("every_epoch/epoch=*.ckpt"), key=lambda p: int(p.stem.split("=")[1])
+    ):
         cli.engine.test(model=cli.model, datamodule=cli.datamodule, ckpt_path=path, verbose=False)
         figures = _figures(cli.engine.trainer)
         if not best or _criterion(figures) > _criterion(best):

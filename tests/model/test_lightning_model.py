@@ -1,12 +1,15 @@
 """Mvfa inside anomalib's engine: settings, training, checkpoints, precision."""
 
 import logging
+import shutil
 
 import pytest
 import torch
+from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import Folder
 from anomalib.engine import Engine
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping
 
 from anomalib_mvfa import BMADFewShot, BMADLeaveOneOut, FewShot, Mvfa
 
@@ -170,8 +173,6 @@ def test_normal_only_data_build_a_bank_and_train_nothing(make, phantom_root, eng
 
 
 def test_batches_without_masks_leave_seg_adapters_as_they_are(make, phantom_root, engine, tmp_path):
-    import shutil
-
     for category in ("Brain", "Chest"):  # the same images, with masks and without
         shutil.copytree(phantom_root / "Brain", tmp_path / category)
     data = BMADLeaveOneOut(tmp_path, "Brain", ["Chest"], num_workers=0)
@@ -259,8 +260,6 @@ def test_ranges_of_the_test_set_run_the_backbone_once(make, few_shot, engine, ca
 
 
 def test_thresholds_come_from_the_support_where_validation_shows_one_kind(make, phantom_root, engine, caplog, tmp_path):
-    import shutil
-
     shutil.copytree(phantom_root / "Brain", tmp_path / "Brain")
     abnormal = sorted((tmp_path / "Brain/valid/Ungood/img").iterdir())
     for image in abnormal[2:]:
@@ -301,8 +300,6 @@ def test_another_backbone_is_refused(make, few_shot, engine):
 
 
 def test_a_checkpoint_moves_to_weights_elsewhere(make, few_shot, engine, mini_clip, tmp_path):
-    import shutil
-
     path = fit(engine(), make(), few_shot())
     elsewhere = shutil.copy(mini_clip.weights, tmp_path / "elsewhere.pt")
     loaded = Mvfa.load_from_checkpoint(path, pretrained=str(elsewhere), visualizer=False)
@@ -341,6 +338,161 @@ def test_resumed_training_ends_where_unbroken_training_does(make, few_shot, engi
     runner.fit(resumed, datamodule=few_shot(), ckpt_path=tmp_path / "half.ckpt")
     assert runner.trainer.current_epoch == 3
     assert runner.test(resumed, datamodule=few_shot(), verbose=False)[0] == pytest.approx(figures, abs=1e-6)
+
+
+# ---------------------------------------------------------------- nothing stale
+
+
+def bank_is_true(engine, model, datamodule):
+    """Whether the bank is the one that the adapters, as they are now, give."""
+    had = model.model.bank.seg.clone()
+    model._bank_is_fresh = model._thresholds_are_set = False
+    engine.validate(model, datamodule=datamodule, verbose=False)
+    return torch.allclose(had, model.model.bank.seg, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"val_check_interval": 0.5}, {"max_steps": 7}, {"limit_train_batches": 3}, {"limit_val_batches": 0}],
+)
+def test_the_bank_is_the_final_adapters_however_a_fit_goes(make, few_shot, engine, arguments):
+    model, data, runner = make(), few_shot(), engine(**arguments)
+    runner.fit(model, datamodule=data)
+    assert 0 < model.post_processor.image_threshold < 1
+    saved = torch.load(runner.best_model_path, weights_only=True)
+    assert torch.equal(saved["state_dict"]["model.bank.seg"], model.model.bank.seg)
+    assert bank_is_true(engine(), model, data)
+
+
+def test_a_fit_that_a_callback_stops_is_finished_all_the_same(make, few_shot, engine):
+    stop = EarlyStopping("train_loss", patience=0, mode="max", check_on_train_epoch_end=True)
+    model, runner = make(max_epochs=10), engine(callbacks=[stop])
+    runner.fit(model, datamodule=few_shot())
+    assert runner.trainer.current_epoch < 10
+    saved = torch.load(runner.best_model_path, weights_only=True)
+    assert saved["mvfa"]["bank_is_fresh"]
+    assert torch.equal(saved["state_dict"]["model.bank.seg"], model.model.bank.seg)
+    assert saved["state_dict"]["model.bank.seg"].numel()
+
+
+@pytest.fixture
+def two_categories(phantom_root, tmp_path):
+    """Return a root with the same images as Brain, with masks, and as Chest, without."""
+    for category in ("Brain", "Chest"):
+        shutil.copytree(phantom_root / "Brain", tmp_path / category)
+    return tmp_path
+
+
+def test_a_model_that_is_fitted_again_forgets_the_first_data(make, two_categories, engine):
+    first, second = (BMADFewShot(two_categories, name, k_shot=2, num_workers=0) for name in ("Brain", "Chest"))
+    model = make()
+    engine().fit(model, datamodule=first)
+    engine().fit(model, datamodule=second)
+    settings = {key: model.settings[key] for key in ("class_name", "map_branch", "image_score")}
+    assert settings == {"class_name": "Chest X-ray film", "map_branch": "det", "image_score": "det_mean"}
+    expected = model.model.encode_states("Chest X-ray film")
+    torch.testing.assert_close(model.model.text_features, expected)
+
+
+def test_testing_without_a_fit_builds_the_bank_of_each_data_set(make, two_categories, engine):
+    model = make()
+    for name, branch in (("Brain", "seg"), ("Chest", "det")):
+        data = BMADFewShot(two_categories, name, k_shot=2, num_workers=0)
+        engine().test(model, datamodule=data, verbose=False)
+        assert model.settings["map_branch"] == branch
+        assert getattr(model.model.bank, branch).numel()
+
+
+def test_a_fitted_model_says_that_other_data_are_scored_by_its_own_bank(make, two_categories, engine, caplog):
+    model = make()
+    engine().fit(model, datamodule=BMADFewShot(two_categories, "Brain", k_shot=2, num_workers=0))
+    with caplog.at_level(logging.WARNING, logger="anomalib.mvfa"):
+        data = BMADFewShot(two_categories, "Chest", k_shot=2, num_workers=0)
+        engine().test(model, datamodule=data, verbose=False)
+    assert "fitted on Brain" in caplog.text
+
+
+def test_leave_one_out_prompts_with_the_noun_of_what_is_tested(make, two_categories, engine):
+    model = make()
+    runner = engine()
+    runner.fit(model, datamodule=BMADLeaveOneOut(two_categories, "Brain", ["Chest"], num_workers=0))
+    loaded = Mvfa.load_from_checkpoint(runner.best_model_path, visualizer=False)
+    other = BMADLeaveOneOut(two_categories, "Chest", ["Brain"], num_workers=0)
+    engine().test(loaded, datamodule=other, verbose=False)
+    assert loaded.settings["class_name"] == "Chest X-ray film"
+    torch.testing.assert_close(loaded.model.text_features, loaded.model.encode_states("Chest X-ray film"))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"templates": ["a scan of a {}."]},
+        {"normalize": True},
+        {"residual_ratio": 0.3},
+        {"class_name": "head"},
+        {"image_score": "det_mean"},
+        {"score_levels": [4]},
+        {"few_shot_weight": 0.1},
+    ],
+)
+def test_a_checkpoint_with_other_arguments_is_as_if_built_with_them(make, few_shot, engine, changed):
+    path = fit(engine(), make(), few_shot())
+    loaded = Mvfa.load_from_checkpoint(path, visualizer=False, **changed)
+    figures = engine().test(loaded, datamodule=few_shot(), verbose=False)[0]
+
+    rebuilt = Mvfa.load_from_checkpoint(path, visualizer=False, **changed)
+    rebuilt._bank_is_fresh = rebuilt._thresholds_are_set = False
+    with torch.no_grad():
+        rebuilt.model.text_features.fill_(torch.nan)
+    assert figures == pytest.approx(engine().test(rebuilt, datamodule=few_shot(), verbose=False)[0], abs=1e-6)
+
+
+def test_what_cannot_score_is_not_exported(make, few_shot, engine, two_categories, tmp_path):
+    with pytest.raises(RuntimeError, match="memory bank or ranges are missing"):
+        make().to_torch(tmp_path)
+
+    class KeepFirst(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 0:
+                trainer.save_checkpoint(tmp_path / "early.ckpt")
+
+    data = BMADLeaveOneOut(two_categories, "Brain", ["Chest"], num_workers=0)
+    engine(callbacks=[KeepFirst()]).fit(make(max_epochs=2), datamodule=data)
+    early = Mvfa.load_from_checkpoint(tmp_path / "early.ckpt", visualizer=False)
+    early.to_torch(tmp_path)
+    assert early.eval()(torch.rand(1, 3, 64, 64)).pred_score.isfinite().all()
+
+
+def test_exported_files_hold_no_support_images(make, few_shot, engine, tmp_path):
+    model, runner = make(), engine()
+    runner.fit(model, datamodule=few_shot())
+    assert model._support
+    path = runner.export(model, "torch", export_root=tmp_path)
+    assert not torch.load(path, weights_only=False)["model"]._support
+    assert model._support
+
+
+def test_validation_does_not_keep_a_later_fit_from_learning(make, two_categories, engine):
+    data = BMADLeaveOneOut(two_categories, "Brain", ["Chest"], num_workers=0)
+    model, runner = make(), engine()
+    runner.validate(model, datamodule=data, verbose=False)
+    runner.fit(model, datamodule=data)
+
+
+def test_a_limited_test_leaves_nothing_for_the_next(make, few_shot, engine):
+    model, data = make(calibration="test"), few_shot(eval_batch_size=2)
+    engine(limit_test_batches=1).test(model, datamodule=data, verbose=False)
+    assert not model._test_scores
+    figures = engine().test(model, datamodule=data, verbose=False)[0]
+    assert figures == pytest.approx(
+        engine().test(make(calibration="test"), datamodule=data, verbose=False)[0], abs=1e-6
+    )
+
+
+def test_a_monitoring_checkpoint_sees_every_epoch(make, few_shot, engine, tmp_path):
+    keep = ModelCheckpoint(tmp_path / "kept", monitor="train_loss", save_top_k=-1)
+    engine(callbacks=[keep]).fit(make(max_epochs=3), datamodule=few_shot())
+    assert len(list((tmp_path / "kept").iterdir())) == 3
 
 
 # ---------------------------------------------------------------- numerics
