@@ -24,8 +24,8 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 COMMAND = re.compile(r"anomalib (train|test) --config (configs/\w+\.yaml)([^`\n]*)")
 NORMAL = ["004.png", "001.png", "003.png", "000.png"]  # not those that the seed would draw
 ABNORMAL = ["000.png", "005.png", "002.png", "001.png"]
+COMPONENTS = {"pre_processor", "post_processor", "evaluator", "visualizer"}  # modules, not saved as arguments
 QUICK = {
-    "model.visualizer": "false",
     "data.num_workers": 0,
     "trainer.accelerator": "cpu",
     "trainer.enable_progress_bar": "false",
@@ -40,6 +40,8 @@ def check_demo(cli):
     assert cli.datamodule.name == "Phantom"
     assert cli.model.settings["protocol"] == "few_shot"
     assert support_counts(cli) == {0: 12, 1: 12}
+    assert cli.model.visualizer.overlay_fields_config["anomaly_map"]["normalize"]
+    assert len(list(Path("results").glob("Mvfa/Phantom/Brain/v0/images/**/*.png"))) == len(cli.datamodule.test_data)
     assert Path("datasets/Phantom").is_dir()
 
 
@@ -139,9 +141,16 @@ class Case(NamedTuple):
     overrides: dict[str, object]
 
 
-TINY_CLIP = {"model.backbone": "tiny.json", "model.pretrained": "null", "model.image_size": 56, "model.max_epochs": 1}
+PLAIN = {"model.visualizer": "false"}
+TINY_CLIP = {
+    **PLAIN,
+    "model.backbone": "tiny.json",
+    "model.pretrained": "null",
+    "model.image_size": 56,
+    "model.max_epochs": 1,
+}
 CASES = {
-    "demo": Case(check_demo, {"model.max_epochs": 1}),
+    "demo": Case(check_demo, {"model.max_epochs": 1, "data.source.init_args.size": 64}),
     "few_shot": Case(check_few_shot, TINY_CLIP),
     "leave_one_out": Case(check_leave_one_out, TINY_CLIP),
     "mvfa_paper_losses": Case(check_mvfa_paper_losses, TINY_CLIP),
@@ -149,7 +158,7 @@ CASES = {
     "own_data": Case(check_own_data, TINY_CLIP),
     "published_adapters": Case(
         check_published_adapters,
-        {"model.backbone": "mini.json", "model.pretrained": "mini.pt", "model.image_size": 70},
+        {**PLAIN, "model.backbone": "mini.json", "model.pretrained": "mini.pt", "model.image_size": 70},
     ),
 }
 
@@ -238,23 +247,22 @@ def test_config_runs(path):
     metrics = cli.engine.trainer.callback_metrics
     assert 0 <= metrics["image_AUROC"] <= 1
     assert 0 <= metrics["pixel_AUROC"] <= 1
-    for name, value in yaml.safe_load(path.read_text())["model"]["init_args"].items():
-        if f"model.{name}" not in overrides:
+    for name, value in yaml.safe_load(path.read_text())["model"].get("init_args", {}).items():
+        if f"model.{name}" not in overrides and name not in COMPONENTS:
             assert cli.model.hparams[name] == value, name
     check(cli)
 
 
 def test_few_shot_shows_every_argument_at_its_default():
-    config = yaml.safe_load((CONFIGS[0].parent / "few_shot.yaml").read_text())
-    components = {"pre_processor", "post_processor", "evaluator", "visualizer"}
+    text = (CONFIGS[0].parent / "few_shot.yaml").read_text()
+    config = yaml.safe_load(text)
     prompts = {"normal_states", "abnormal_states", "templates"}
     augmentations = {"train_augmentations", "val_augmentations", "test_augmentations", "augmentations"}
 
-    expected = defaults(Mvfa, without=components | prompts)
-    expected |= {
-        name: defaults(MvfaModel)[name] for name in ("backbone", "pretrained")
-    }  # Mvfa's own can be set outside
-    assert config["model"]["init_args"] == expected
+    outside = {"backbone", "pretrained"}  # environment variables set these, and a value in the file would win
+    assert config["model"]["init_args"] == defaults(Mvfa, without=COMPONENTS | prompts | outside)
+    for name in outside:
+        assert f"# {name}: {defaults(MvfaModel)[name]} " in text
 
     shown, expected = config["data"]["init_args"], defaults(BMADFewShot, without=augmentations)
     assert Path(shown.pop("root")) == Path(expected.pop("root"))

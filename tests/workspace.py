@@ -1,0 +1,68 @@
+"""What the shipped configs and the README's commands find where they look by default: data, weights, adapters."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from anomalib_mvfa.data.bmad import CATEGORIES
+from anomalib_mvfa.data.phantom import write_phantom
+from recipe import TINY, adapter_weights, clip_weights, write_config, write_support_list
+
+SIZE = 32
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def write_workspace(folder: Path) -> None:
+    """Write BMAD, MVTec AD and own data of few slices each, a support list, and a tiny CLIP with adapters."""
+    bmad = folder / "datasets" / "BMAD"
+    for seed, category in enumerate(CATEGORIES):
+        write_phantom(folder / category, seed=seed, size=SIZE, train=1, valid=6, test=4)
+        bmad.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder / category / "Brain", bmad / category)
+        (folder / category).rmdir()
+    names = [f"{index:03d}.png" for index in range(4)]
+    write_support_list(folder / "datasets" / "fewshot_seed", "Brain", normal=names, abnormal=names)
+    write_phantom(folder / "slices", seed=len(CATEGORIES), size=SIZE, train=0, valid=20, test=20)
+    slices = folder / "slices" / "Brain"
+    _write_own(slices, folder / "datasets" / "own")
+    _write_mvtec(slices, folder / "datasets" / "MVTecAD" / "bottle")
+    _write_models(folder)
+    shutil.copytree(CONFIGS, folder / "configs")
+
+
+def _write_own(slices: Path, root: Path) -> None:
+    """Write folders of images, two of a patient; the patients with normal and abnormal images are others."""
+    for kind in ("normal", "abnormal", "masks"):
+        (root / kind).mkdir(parents=True)
+    for index, path in enumerate(sorted(slices.glob("*/good/img/*"))):
+        shutil.copy(path, root / "normal" / f"p{index // 2:02d}_{index}.png")
+    for index, path in enumerate(sorted(slices.glob("*/Ungood/img/*"))):
+        name = f"p{50 + index // 2}_{index}.png"
+        shutil.copy(path, root / "abnormal" / name)
+        shutil.copy(_mask(path), root / "masks" / name)
+
+
+def _write_mvtec(slices: Path, root: Path) -> None:
+    for part in ("train/good", "test/good", "test/broken", "ground_truth/broken"):
+        (root / part).mkdir(parents=True)
+    for path in slices.glob("test/good/img/*"):
+        shutil.copy(path, root / "test/good")
+    for path in slices.glob("valid/good/img/*"):
+        shutil.copy(path, root / "train/good")
+    for path in slices.glob("test/Ungood/img/*"):
+        shutil.copy(path, root / "test/broken")
+        shutil.copy(_mask(path), root / "ground_truth/broken" / f"{path.stem}_mask.png")
+
+
+def _write_models(folder: Path) -> None:
+    """Write a CLIP under the name of OpenAI's weight file, its config, and adapters under their published name."""
+    (folder / "weights").mkdir()
+    (folder / "checkpoints" / "few-shot").mkdir(parents=True)
+    write_config(folder / "weights" / "tiny.json", TINY)
+    torch.save(clip_weights(TINY), folder / "weights" / "ViT-L-14-336px.pt")
+    torch.save(adapter_weights(TINY), folder / "checkpoints" / "few-shot" / "Brain.pth")
+
+
+def _mask(image: Path) -> Path:
+    return image.parents[1] / "label" / image.name
