@@ -231,6 +231,9 @@ class Mvfa(AnomalibModule):
             self.model.text_features.fill_(torch.nan)
         self._settle(_defaults(self._facts))
         self._settled_for = self._facts.identity
+
+    def _log_settings(self) -> None:
+        """Say what is in use, once a checkpoint has had its say."""
         logger.info("MVFA settings: %s", ", ".join(f"{key}={value}" for key, value in self.settings.items()))
 
     def _match_data(self) -> None:
@@ -314,6 +317,7 @@ class Mvfa(AnomalibModule):
     def on_fit_start(self) -> None:
         """Note that from here on, settings are those of a fit."""
         self._is_fitted = True
+        self._log_settings()
 
     def on_train_epoch_start(self) -> None:
         """Forget that the bank fits the data: a fit without training builds it anew as well."""
@@ -385,6 +389,7 @@ class Mvfa(AnomalibModule):
         if self.settings["calibration"] == "test":
             self._calibrate_on_test()
         self._set_thresholds_from_support()
+        self._log_settings()
 
     def test_step(self, batch: ImageBatch, batch_idx: int, *args, **kwargs) -> STEP_OUTPUT:  # noqa: ANN002, ANN003
         """Score a batch."""
@@ -397,6 +402,7 @@ class Mvfa(AnomalibModule):
         """Refuse ranges of a test set, which a lone image does not have."""
         self._refuse_test_ranges("predict")
         self._finish()
+        self._log_settings()
 
     @torch.no_grad()
     def _prepare_to_score(self) -> None:

@@ -1,4 +1,4 @@
-"""The training loss (paper, Eq. 5, as published): focal + dice on the maps, binary cross-entropy on the image score.
+"""The training loss (paper, Eq. 3, as published): focal + dice on the maps, binary cross-entropy on the image score.
 
 Axes: B images, H = W image size. All in float32.
 """
