@@ -16,7 +16,7 @@ from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from anomalib.visualization import Visualizer
+from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -657,6 +657,11 @@ class Mvfa(AnomalibModule):
     def configure_evaluator() -> Evaluator:
         """Return the metrics of :func:`anomalib_mvfa.evaluation.metrics`."""
         return metrics()
+
+    @classmethod
+    def configure_visualizer(cls) -> ImageVisualizer:
+        """Return anomalib's visualizer, with colours that span each map: fused scores fill a small part of [0, 1]."""
+        return ImageVisualizer(overlay_fields_config={"anomaly_map": {"colormap": True, "normalize": True}})
 
 
 def _defaults(facts: DataFacts) -> dict[str, Any]:
