@@ -80,9 +80,9 @@ class Mvfa(AnomalibModule):
         levels: Blocks (from 1) with adapters; the quarter points by default: 6, 12, 18, 24 for ViT-L.
         residual_ratio: Weight of an adapter in the stream (paper, Eq. 2).
         class_name: Noun for prompts; the datamodule's by default, then "object".
-        normal_states: States of a normal object, each with one ``{}``.
-        abnormal_states: States of an abnormal object.
-        templates: Templates that states are set into.
+        normal_states: States of a normal object, each with one ``{}``; the published ones by default.
+        abnormal_states: States of an abnormal object; the published ones by default.
+        templates: Templates that states are set into; the published ones by default.
         quick_gelu: QuickGELU in place of GELU in the backbone.
         normalize: Normalise images by CLIP's mean and standard deviation.
         image_score: "map_max", "det_mean" or "det_max"; by default map_max in few-shot on data with masks, and det_mean
@@ -124,9 +124,9 @@ class Mvfa(AnomalibModule):
         levels: Sequence[int] | None = None,
         residual_ratio: float = 0.1,
         class_name: str | None = None,  # noqa: ARG002  # read from the saved hyper-parameters
-        normal_states: Sequence[str] = NORMAL_STATES,
-        abnormal_states: Sequence[str] = ABNORMAL_STATES,
-        templates: Sequence[str] = TEMPLATES,
+        normal_states: Sequence[str] | None = None,
+        abnormal_states: Sequence[str] | None = None,
+        templates: Sequence[str] | None = None,
         quick_gelu: bool = False,
         normalize: bool = False,
         image_score: str | None = None,
@@ -153,9 +153,11 @@ class Mvfa(AnomalibModule):
         # Anomalib saves these locals as hyper-parameters, and reads back plain types only.
         backbone, pretrained = str(backbone), _null(str(pretrained) if pretrained is not None else None)
         levels, train_levels, score_levels = map(_int_list, (levels, train_levels, score_levels))
-        normal_states = check_slots("normal_states", normal_states)
-        abnormal_states = check_slots("abnormal_states", abnormal_states)
-        templates = check_slots("templates", templates)
+        normal_states = check_slots("normal_states", NORMAL_STATES if normal_states is None else normal_states)
+        abnormal_states = check_slots(
+            "abnormal_states", ABNORMAL_STATES if abnormal_states is None else abnormal_states
+        )
+        templates = check_slots("templates", TEMPLATES if templates is None else templates)
         adapters = str(adapters) if adapters is not None else None
         if image_score is not None:
             check_choice("image_score", image_score, IMAGE_SCORES)
