@@ -4,11 +4,11 @@ Axes: S seeds, N images, R resamples.
 """
 
 import json
-import logging
 import re
 import subprocess
 from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,9 @@ from rich.table import Table
 
 from .data.support import group_of
 
-logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
-
 PIXEL_BINS = 1024
-"""Of scores, for the interval of pixel AUROC; the figure itself is anomalib's. Half of the edges are evenly spaced, and
-half are quantiles of the first batch, since scores may fill a small part of [0, 1]."""
+"""Of scores, for the interval of pixel AUROC; the figure itself is counted in finer bins. Half of the edges are evenly
+spaced, and half are quantiles of the first batch, since scores may fill a small part of [0, 1]."""
 METRICS = ("image_AUROC", "pixel_AUROC")
 COVERAGE = 0.95
 
@@ -189,9 +187,7 @@ def _run(seed: int, train: Sequence[str], every_epoch: bool) -> tuple[dict[str, 
     options = [*train, f"--model.seed={seed}", f"--data.seed={seed}"]
     options += [f"--trainer.callbacks+={ScoreRecorder.__module__}.{ScoreRecorder.__name__}"]
     if every_epoch:
-        options += [
-            f"--trainer.callbacks+={EveryEpoch.__module__}.{EveryEpoch.__name__}",
-        ]
+        options += [f"--trainer.callbacks+={EveryEpoch.__module__}.{EveryEpoch.__name__}"]
     cli = AnomalibCLI(["train", *options])
     trainer: Any = cli.engine.trainer  # Lightning sets its `callbacks` where type checkers do not see it
     recorder = next(callback for callback in trainer.callbacks if isinstance(callback, ScoreRecorder))
@@ -203,10 +199,8 @@ def _run(seed: int, train: Sequence[str], every_epoch: bool) -> tuple[dict[str, 
         "last_epoch": _figures(trainer),
     }
     if every_epoch:
-        last = ScoreRecorder()
-        last.__dict__.update(recorder.__dict__)
+        recorder = copy(recorder)  # of the last epoch's test; further tests reset the original
         run["selected_on_test"] = _best_epoch(cli)
-        recorder = last
     return run, recorder, getattr(cli.datamodule, "group_by", None)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler
 
-from anomalib_mvfa.data import samplers
+from anomalib_mvfa.data import dataset, samplers
 from anomalib_mvfa.data.dataset import ConcatDataset, SampleDataset
 from anomalib_mvfa.data.samplers import OneDatasetBatches, eval_loader, train_loader
 
@@ -34,7 +34,7 @@ class Numbers(SampleDataset):
 @pytest.fixture
 def whole(monkeypatch):
     """A concatenation of 7, 1 and 12 numbers."""
-    monkeypatch.setattr(samplers, "collate", list)
+    monkeypatch.setattr(dataset, "collate", list)
     return ConcatDataset([Numbers(0, 7), Numbers(7, 1), Numbers(8, 12)])
 
 

@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 from anomalib_mvfa.checkpoint import load_adapters
 from anomalib_mvfa.data.augmentation import VIEWS, view
+from anomalib_mvfa.data.bmad import CATEGORIES
 from anomalib_mvfa.model import backbone
 from anomalib_mvfa.model.fusion import Weights
 from anomalib_mvfa.model.losses import MvfaLoss, dice_loss, focal_loss
@@ -22,14 +23,7 @@ from anomalib_mvfa.model.torch_model import MvfaModel, Scoring, SupportViews
 from recipe import MINI, VITL, Clip, adapter_weights, clip_weights, images, lesioned, write_config
 
 FIGURES = Path(__file__).parents[1] / "figures"
-NOUNS = {
-    "Brain": "Brain",
-    "Liver": "Liver",
-    "Retina_RESC": "retinal OCT",
-    "Retina_OCT2017": "retinal OCT",
-    "Chest": "Chest X-ray film",
-    "Histopathology": "histopathological image",
-}
+NOUNS = {name: category.class_name for name, category in CATEGORIES.items()}
 
 
 class Figures:

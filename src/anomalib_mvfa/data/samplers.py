@@ -11,7 +11,7 @@ from anomalib.data import AnomalibDataset
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, DistributedSampler
 
-from .dataset import ConcatDataset, collate
+from .dataset import ConcatDataset
 
 EPOCHS_APART = 1_000_000
 
@@ -67,25 +67,34 @@ class OneDatasetBatches(DistributedSampler):
 
 def train_loader(dataset: AnomalibDataset, batch_size: int, seed: int, num_workers: int) -> DataLoader:
     """Return a loader that is reshuffled every epoch, as a function of (seed, epoch)."""
+    world, rank = _ranks()
+    sampler: DistributedSampler
     if isinstance(dataset, ConcatDataset):
         sampler = OneDatasetBatches(dataset, batch_size, seed)
-        return DataLoader(dataset, batch_size=None, sampler=sampler, collate_fn=collate, num_workers=num_workers)
-    world, rank = _ranks()
-    # The sampler shuffles by seed + epoch; spread out, no two runs share an order.
-    spread = EPOCHS_APART * seed
-    shuffled: DistributedSampler = DistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=True, seed=spread)
-    return DataLoader(
-        dataset, batch_size=batch_size, sampler=shuffled, collate_fn=dataset.collate_fn, num_workers=num_workers
-    )
+    else:
+        # This sampler shuffles by seed + epoch; spread out, no two runs share an order.
+        spread = EPOCHS_APART * seed
+        sampler = DistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=True, seed=spread)
+    return _loader(dataset, sampler, batch_size, num_workers)
 
 
 def eval_loader(dataset: AnomalibDataset, batch_size: int, num_workers: int) -> DataLoader:
     """Return a loader that shows every image once, over all processes."""
-    if isinstance(dataset, ConcatDataset):
-        batches = OneDatasetBatches(dataset, batch_size, seed=None)
-        return DataLoader(dataset, batch_size=None, sampler=batches, collate_fn=collate, num_workers=num_workers)
     world, rank = _ranks()
-    once = UnrepeatedDistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=False)
+    sampler: DistributedSampler
+    if isinstance(dataset, ConcatDataset):
+        sampler = OneDatasetBatches(dataset, batch_size, seed=None)
+    else:
+        sampler = UnrepeatedDistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=False)
+    return _loader(dataset, sampler, batch_size, num_workers)
+
+
+def _loader(dataset: AnomalibDataset, sampler: DistributedSampler, batch_size: int, num_workers: int) -> DataLoader:
+    # Lightning rebuilds loaders by keyword, so nothing but the dataset is given by position.
     return DataLoader(
-        dataset, batch_size=batch_size, sampler=once, collate_fn=dataset.collate_fn, num_workers=num_workers
+        dataset,
+        batch_size=None if isinstance(sampler, OneDatasetBatches) else batch_size,
+        sampler=sampler,
+        collate_fn=dataset.collate_fn,
+        num_workers=num_workers,
     )

@@ -415,9 +415,10 @@ class Mvfa(AnomalibModule):
                 self.model.text_features.copy_(self._text_features(None))
             if self.settings["few_shot_weight"] == 0:
                 return
+            if self._bank_is_fresh and (self._thresholds_are_set or self._support):
+                return
             support = support_of(self._datamodule, self._dataset("train"), self.hparams.bank_images, self.hparams.seed)
-            thresholds_need_it = not self._thresholds_are_set and not self._support and support is not None
-            if self._bank_is_fresh and not thresholds_need_it:
+            if self._bank_is_fresh and support is None:
                 return
             self._support = self._score_support(support)
             if self.settings["calibration"] != "none":
