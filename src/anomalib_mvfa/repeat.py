@@ -1,78 +1,20 @@
-"""``anomalib-mvfa repeat``: train and test with several seeds, and say how far to trust the mean.
-
-Axes: S seeds, N images, R resamples.
-"""
+"""``anomalib-mvfa repeat``: train and test with several seeds, and say how far to trust the mean."""
 
 import json
 import re
 import subprocess
 from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Sequence
-from copy import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from anomalib.callbacks import ModelCheckpoint
-from anomalib.data import ImageBatch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 
-from .data.support import group_of
-
-PIXEL_BINS = 1024
-"""Of scores, for the interval of pixel AUROC; the figure itself is counted in finer bins. Half of the edges are evenly
-spaced, and half are quantiles of the first batch, since scores may fill a small part of [0, 1]."""
-METRICS = ("image_AUROC", "pixel_AUROC")
-COVERAGE = 0.95
-
-
-class ScoreRecorder(Callback):
-    """Keeps what every tested image scored: for intervals, the metrics alone do not suffice."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.paths: list[str] = []
-        self.labels: list[int] = []
-        self.scores: list[float] = []
-        self.pixels: list[np.ndarray] = []
-        self._edges: torch.Tensor | None = None
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew, so that the last test counts."""
-        del trainer, pl_module
-        self.reset()
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,  # noqa: ANN401
-        batch: ImageBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep path, label, score and pixel counts of a batch."""
-        del trainer, pl_module, outputs, batch_idx, dataloader_idx
-        self.paths += batch.image_path or []
-        self.labels += torch.as_tensor(batch.gt_label).int().tolist()
-        self.scores += torch.as_tensor(batch.pred_score).float().tolist()
-        if batch.gt_mask is not None and batch.anomaly_map is not None:
-            maps = batch.anomaly_map.float().squeeze(1).flatten(1)
-            if self._edges is None:
-                even = torch.linspace(0, 1, PIXEL_BINS // 2, device=maps.device)
-                order = maps.flatten().sort().values
-                quantiles = order[torch.linspace(0, order.numel() - 1, PIXEL_BINS // 2, device=maps.device).long()]
-                self._edges = torch.cat([even, quantiles]).sort().values
-            bins = torch.bucketize(maps, self._edges)
-            for row, mask in zip(bins, batch.gt_mask.flatten(1) > 0, strict=True):
-                counts = [torch.bincount(row[chosen], minlength=PIXEL_BINS + 1) for chosen in (~mask, mask)]
-                self.pixels.append(torch.stack(counts).int().cpu().numpy())  # (2, PIXEL_BINS + 1)
+from .intervals import METRICS, ScoreRecorder, Scores, bootstrap
 
 
 class EveryEpoch(ModelCheckpoint):
@@ -80,60 +22,6 @@ class EveryEpoch(ModelCheckpoint):
 
     def __init__(self) -> None:
         super().__init__(save_top_k=-1, filename="every_epoch/{epoch}")
-
-
-def image_aurocs(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Image AUROC of resamples; ties count half.
-
-    Args:
-        scores: Of images ``(N,)``.
-        labels: 1 where abnormal ``(N,)``.
-        weights: How often each image is in each resample ``(R, N)``.
-
-    Returns:
-        Areas ``(R,)``, NaN where a resample lacks a kind.
-    """
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # of runs of equal scores
-    normal, abnormal = (np.add.reduceat((weights * (labels == kind))[:, order], starts, axis=1) for kind in (0, 1))
-    return _areas(normal, abnormal)
-
-
-def pixel_aurocs(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AUROC of resamples, from counts of normal and abnormal pixels in bins of scores ``(N, 2, bins)``."""
-    return _areas(*(weights @ counts[:, kind] for kind in (0, 1)))
-
-
-def _areas(normal: np.ndarray, abnormal: np.ndarray) -> np.ndarray:
-    """Areas ``(R,)`` from weights of normal and abnormal items in bins of increasing scores ``(R, bins)``."""
-    below = normal.cumsum(axis=1) - 0.5 * normal
-    with np.errstate(invalid="ignore"):
-        return (abnormal * below).sum(axis=1) / (abnormal.sum(axis=1) * normal.sum(axis=1))
-
-
-def bootstrap(
-    runs: Sequence[ScoreRecorder], group_by: str | None, resamples: int, seed: int = 0
-) -> dict[str, list[float]]:
-    """Return the 95 % interval of each metric's mean over runs, from resamples of images, or of groups of images.
-
-    Args:
-        runs: Recorded tests, one a seed.
-        group_by: Regular expression on paths that names an image's group, see
-            :class:`~anomalib_mvfa.data.protocols.FewShot`.
-        resamples: R.
-        seed: Of the resampling.
-    """
-    groups = sorted({group_of(path, group_by) for run in runs for path in run.paths})
-    index = {group: position for position, group in enumerate(groups)}
-    draws = np.random.default_rng(seed).multinomial(len(groups), np.full(len(groups), 1 / len(groups)), resamples)
-    areas: dict[str, list[np.ndarray]] = {name: [] for name in METRICS}
-    for run in runs:
-        weights = draws[:, [index[group_of(path, group_by)] for path in run.paths]].astype(float)
-        areas["image_AUROC"].append(image_aurocs(np.array(run.scores), np.array(run.labels), weights))
-        if run.pixels:
-            areas["pixel_AUROC"].append(pixel_aurocs(np.stack(run.pixels), weights))
-    tails = [50 * (1 - COVERAGE), 50 * (1 + COVERAGE)]
-    return {name: np.nanpercentile(np.mean(rows, axis=0), tails).tolist() for name, rows in areas.items() if rows}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -159,13 +47,13 @@ def main(arguments: Sequence[str]) -> None:
     if own.resamples < 1:
         parser.error(f"--resamples {own.resamples} must be at least 1")
 
-    runs, recorders = [], []
+    runs, scores = [], []
     for seed in own.seeds:
-        run, recorder, group_by = _run(seed, train, own.select_epoch_on_test)
+        run, tested, group_by = _run(seed, train, own.select_epoch_on_test)
         runs.append(run)
-        recorders.append(recorder)
+        scores.append(tested)
         # Written after each seed, so that a run cut short loses nothing.
-        report = _report(runs, bootstrap(recorders, group_by, own.resamples), group_by, own.resamples)
+        report = _report(runs, bootstrap(scores, group_by, own.resamples), group_by, own.resamples)
         own.output.parent.mkdir(parents=True, exist_ok=True)
         partial = own.output.with_name(own.output.name + ".partial")
         partial.write_text(json.dumps(report, indent=2))
@@ -180,7 +68,7 @@ def _seeds(text: str) -> list[int]:
     return [int(seed) for seed in text.split(",")]
 
 
-def _run(seed: int, train: Sequence[str], every_epoch: bool) -> tuple[dict[str, Any], ScoreRecorder, str | None]:
+def _run(seed: int, train: Sequence[str], every_epoch: bool) -> tuple[dict[str, Any], Scores, str | None]:
     """Train and test with one seed."""
     from anomalib.cli.cli import AnomalibCLI
 
@@ -198,10 +86,10 @@ def _run(seed: int, train: Sequence[str], every_epoch: bool) -> tuple[dict[str, 
         "settings": getattr(cli.model, "settings", None),
         "last_epoch": _figures(trainer),
     }
+    scores = recorder.scores  # of the last epoch; further tests begin anew
     if every_epoch:
-        recorder = copy(recorder)  # of the last epoch's test; further tests reset the original
         run["selected_on_test"] = _best_epoch(cli)
-    return run, recorder, getattr(cli.datamodule, "group_by", None)
+    return run, scores, getattr(cli.datamodule, "group_by", None)
 
 
 def _best_epoch(cli: Any) -> dict[str, Any]:  # noqa: ANN401  # AnomalibCLI, whose import is slow

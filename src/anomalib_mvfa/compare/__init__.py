@@ -1,0 +1,1 @@
+"""Methods side by side: jobs, their results, and a report of tables and figures."""

@@ -1,0 +1,178 @@
+"""What a comparison leaves behind: one folder a job, complete or not there at all.
+
+.. code-block:: text
+
+    RUN/config.yaml              the comparison, as it was asked for
+    RUN/jobs/<job>/row.json      the job's row; the last file that is written
+    RUN/jobs/<job>/scores.npz    what every test image scored, see `anomalib_mvfa.intervals.Scores`
+    RUN/jobs/<job>/pictures.npz  some test images and their maps, see `Pictures`
+    RUN/jobs/<job>/features.npz  features with and without adapters, see `Features`; of MVFA only
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass
+class Row:
+    """A finished or failed job.
+
+    Args:
+        method: Its name in the comparison.
+        protocol: What it learns from: "full_normal", "few_normal", "few_shot", "leave_one_out" or "zero_shot".
+        category: What is tested.
+        k_shot: K, or None where the protocol has no shots.
+        seed: Of draws, orders and initial weights.
+        job: Name of the job's folder.
+        digest: Of all that the job was asked to do; a job with another digest is another job.
+        error: What went wrong, in one line; None for a finished job.
+        metrics: Values in [0, 1] by anomalib's names, such as "image_AUROC"; no pixel metrics without masks.
+        images: How many images "train", "validate" and "test".
+        test_set: Digest of the tested files' contents: rows with different ones can't be compared.
+        random_weights: Whether the frozen backbone's weights are random, so that scores mean nothing clinically.
+        weights: Name of the file that the backbone's weights came from, or what the model takes by itself.
+        seconds: "fit", and "image", to score one test image.
+        parameters: "all" of the model's, and those "trained".
+        memory_mb: Largest memory of the process (CPU) or on the device (GPU) while the job ran, in 2**20 bytes.
+        device: Name of the device.
+        commit: Of this package, where it runs from a checkout.
+        versions: Of the packages that numbers depend on.
+        date: When the job ended (ISO 8601).
+    """
+
+    method: str
+    protocol: str
+    category: str
+    k_shot: int | None
+    seed: int
+    job: str
+    digest: str
+    error: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    images: dict[str, int] = field(default_factory=dict)
+    test_set: str | None = None
+    random_weights: bool = False
+    weights: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    memory_mb: float | None = None
+    device: str | None = None
+    commit: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    date: str | None = None
+
+
+@dataclass
+class Pictures:
+    """Some test images, the same ones for every method, and the maps that a method made of them.
+
+    Axes: M images, S side in pixels, l levels.
+
+    Args:
+        paths: Of the images (M,).
+        labels: 1 where abnormal (M,).
+        images: 8-bit RGB ``(M, S, S, 3)``.
+        masks: 8-bit, above 0 where abnormal ``(M, S, S)``; None for data without masks.
+        maps: The method's own scores ``(M, S, S)``, higher is more abnormal; only their order is comparable.
+        levels: Blocks of the backbone that have maps of their own (l,); empty for methods without levels.
+        level_maps: Their maps ``(M, l, S, S)``.
+    """
+
+    paths: list[str]
+    labels: list[int]
+    images: np.ndarray
+    masks: np.ndarray | None
+    maps: np.ndarray
+    levels: list[int]
+    level_maps: np.ndarray
+
+    def save(self, path: Path) -> None:
+        """Write to an ``.npz`` file."""
+        _save(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> "Pictures":
+        """Read what :meth:`save` wrote."""
+        saved = _load(path)
+        for name in ("paths", "labels", "levels"):
+            saved[name] = saved[name].tolist()
+        return cls(**{"masks": None, **saved})
+
+
+@dataclass
+class Features:
+    """Image features of the det branch, means over patches, all levels side by side (paper, Figure 6).
+
+    Args:
+        labels: 1 where abnormal (N,).
+        frozen: Of the frozen image tower ``(N, l * D)``.
+        adapted: Of the trained adapters ``(N, l * E)``.
+    """
+
+    labels: np.ndarray
+    frozen: np.ndarray
+    adapted: np.ndarray
+
+    def save(self, path: Path) -> None:
+        """Write to an ``.npz`` file."""
+        _save(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> "Features":
+        """Read what :meth:`save` wrote."""
+        return cls(**_load(path))
+
+
+def _save(path: Path, arrays: dict[str, Any]) -> None:
+    kept = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
+    np.savez_compressed(path, **kept)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as saved:
+        return dict(saved)
+
+
+def job_folder(run: Path, job: str) -> Path:
+    """Return the folder of a job."""
+    return run / "jobs" / job
+
+
+def read_row(run: Path, job: str) -> Row | None:
+    """Return a job's row, or None if it has not ended."""
+    path = job_folder(run, job) / "row.json"
+    return Row(**json.loads(path.read_text("utf-8"))) if path.is_file() else None
+
+
+def read_rows(run: Path) -> list[Row]:
+    """Return the rows of all jobs that have ended, sorted by job."""
+    rows = [read_row(run, path.parent.name) for path in sorted((run / "jobs").glob("*/row.json"))]
+    return [row for row in rows if row is not None]
+
+
+@contextmanager
+def writing(run: Path, job: str) -> Iterator[Path]:
+    """Give a folder to write a job's files in; it takes the job's place once all of it is there."""
+    partial = job_folder(run, f".{job}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        target = job_folder(run, job)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.replace(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_row(folder: Path, row: Row) -> None:
+    """Write a job's row into its folder."""
+    (folder / "row.json").write_text(json.dumps(asdict(row), indent=2) + "\n", "utf-8")

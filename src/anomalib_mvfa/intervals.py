@@ -1,0 +1,151 @@
+"""What every tested image scored, and how far to trust an AUROC: intervals from resampled images.
+
+Axes: N images, R resamples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from anomalib.data import ImageBatch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from .data.support import group_of
+
+PIXEL_BINS = 1024
+"""Of scores, for the interval of pixel AUROC; the figure itself is counted in finer bins. Half of the edges are evenly
+spaced, and half are quantiles of the first batch, since scores may fill a small part of [0, 1]."""
+METRICS = ("image_AUROC", "pixel_AUROC")
+COVERAGE = 0.95
+
+
+@dataclass
+class Scores:
+    """What the images of a test scored.
+
+    Args:
+        paths: Of the images (N,).
+        labels: 1 where abnormal (N,).
+        values: Image scores (N,), higher is more abnormal.
+        pixels: Counts of normal and abnormal pixels in bins of increasing scores, ``(2, bins)`` an image; empty where
+            there are no masks.
+    """
+
+    paths: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    pixels: list[np.ndarray] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        """Write to an ``.npz`` file."""
+        arrays: dict[str, Any] = {"paths": np.array(self.paths), "labels": self.labels, "values": self.values}
+        if self.pixels:
+            arrays["pixels"] = np.stack(self.pixels)
+        np.savez_compressed(path, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> "Scores":
+        """Read what :meth:`save` wrote."""
+        with np.load(path, allow_pickle=False) as saved:
+            pixels = list(saved["pixels"]) if "pixels" in saved else []
+            return cls(saved["paths"].tolist(), saved["labels"].tolist(), saved["values"].tolist(), pixels)
+
+
+class ScoreRecorder(Callback):
+    """Keeps what every tested image scored: for intervals, the metrics alone do not suffice.
+
+    A trainer's callbacks come before the model's, so these are the model's own scores, not yet post-processed.
+
+    Attributes:
+        scores: Of the last test.
+    """
+
+    def __init__(self) -> None:
+        self.scores = Scores()
+        self._edges: torch.Tensor | None = None
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew, so that the last test counts."""
+        del trainer, pl_module
+        self.scores, self._edges = Scores(), None
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ANN401
+        batch: ImageBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep path, label, score and pixel counts of a batch."""
+        del trainer, pl_module, outputs, batch_idx, dataloader_idx
+        self.scores.paths += batch.image_path or []
+        self.scores.labels += torch.as_tensor(batch.gt_label).int().tolist()
+        self.scores.values += torch.as_tensor(batch.pred_score).float().flatten().tolist()
+        if batch.gt_mask is not None and batch.anomaly_map is not None:
+            maps = batch.anomaly_map.float().squeeze(1).flatten(1)
+            if self._edges is None:
+                even = torch.linspace(0, 1, PIXEL_BINS // 2, device=maps.device)
+                order = maps.flatten().sort().values
+                quantiles = order[torch.linspace(0, order.numel() - 1, PIXEL_BINS // 2, device=maps.device).long()]
+                self._edges = torch.cat([even, quantiles]).sort().values
+            bins = torch.bucketize(maps, self._edges)
+            for row, mask in zip(bins, batch.gt_mask.flatten(1) > 0, strict=True):
+                counts = [torch.bincount(row[chosen], minlength=PIXEL_BINS + 1) for chosen in (~mask, mask)]
+                self.scores.pixels.append(torch.stack(counts).int().cpu().numpy())  # (2, PIXEL_BINS + 1)
+
+
+def image_aurocs(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Image AUROC of resamples; ties count half.
+
+    Args:
+        scores: Of images ``(N,)``.
+        labels: 1 where abnormal ``(N,)``.
+        weights: How often each image is in each resample ``(R, N)``.
+
+    Returns:
+        Areas ``(R,)``, NaN where a resample lacks a kind.
+    """
+    order = np.argsort(scores, kind="stable")
+    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # of runs of equal scores
+    normal, abnormal = (np.add.reduceat((weights * (labels == kind))[:, order], starts, axis=1) for kind in (0, 1))
+    return _areas(normal, abnormal)
+
+
+def pixel_aurocs(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """AUROC of resamples, from counts of normal and abnormal pixels in bins of scores ``(N, 2, bins)``."""
+    return _areas(*(weights @ counts[:, kind] for kind in (0, 1)))
+
+
+def _areas(normal: np.ndarray, abnormal: np.ndarray) -> np.ndarray:
+    """Areas ``(R,)`` from weights of normal and abnormal items in bins of increasing scores ``(R, bins)``."""
+    below = normal.cumsum(axis=1) - 0.5 * normal
+    with np.errstate(invalid="ignore"):
+        return (abnormal * below).sum(axis=1) / (abnormal.sum(axis=1) * normal.sum(axis=1))
+
+
+def bootstrap(runs: Sequence[Scores], group_by: str | None, resamples: int, seed: int = 0) -> dict[str, list[float]]:
+    """Return the 95 % interval of each metric's mean over runs, from resamples of images, or of groups of images.
+
+    Args:
+        runs: Scores of tests, one a seed.
+        group_by: Regular expression on paths that names an image's group, see
+            :class:`~anomalib_mvfa.data.protocols.FewShot`.
+        resamples: R.
+        seed: Of the resampling.
+    """
+    groups = sorted({group_of(path, group_by) for run in runs for path in run.paths})
+    index = {group: position for position, group in enumerate(groups)}
+    draws = np.random.default_rng(seed).multinomial(len(groups), np.full(len(groups), 1 / len(groups)), resamples)
+    areas: dict[str, list[np.ndarray]] = {name: [] for name in METRICS}
+    for run in runs:
+        weights = draws[:, [index[group_of(path, group_by)] for path in run.paths]].astype(float)
+        areas["image_AUROC"].append(image_aurocs(np.array(run.values), np.array(run.labels), weights))
+        if run.pixels:
+            areas["pixel_AUROC"].append(pixel_aurocs(np.stack(run.pixels), weights))
+    tails = [50 * (1 - COVERAGE), 50 * (1 + COVERAGE)]
+    return {name: np.nanpercentile(np.mean(rows, axis=0), tails).tolist() for name, rows in areas.items() if rows}
