@@ -131,7 +131,7 @@ class Features:
 
 
 def _save(path: Path, arrays: dict[str, Any]) -> None:
-    kept = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
+    kept: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
     np.savez_compressed(path, **kept)
 
 
@@ -153,8 +153,8 @@ def read_row(run: Path, job: str) -> Row | None:
 
 def read_rows(run: Path) -> list[Row]:
     """Return the rows of all jobs that have ended, sorted by job."""
-    rows = [read_row(run, path.parent.name) for path in sorted((run / "jobs").glob("*/row.json"))]
-    return [row for row in rows if row is not None]
+    jobs = sorted(path.name for path in (run / "jobs").glob("[!.]*"))  # those with a dot were cut short
+    return [row for row in (read_row(run, job) for job in jobs) if row is not None]
 
 
 @contextmanager
