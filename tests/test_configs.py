@@ -264,11 +264,17 @@ def test_few_shot_shows_every_argument_at_its_default():
     for name in outside:
         assert f"# {name}: {defaults(MvfaModel)[name]} " in text
 
-    shown, expected = config["data"]["init_args"], defaults(BMADFewShot, without=augmentations)
+    shown, expected = config["data"]["init_args"], defaults(BMADFewShot, without={"source", *augmentations})
     assert Path(shown.pop("root")) == Path(expected.pop("root"))
     assert shown == expected
 
 
-def defaults(function, without=frozenset()):
-    parameters = inspect.signature(function).parameters
-    return {name: parameter.default for name, parameter in parameters.items() if name not in without}
+def defaults(cls, without=frozenset()):
+    """Defaults of the constructor, and of those of base classes to which it passes further keywords on."""
+    found = {}
+    for base in cls.__mro__:
+        parameters = inspect.signature(base).parameters
+        found = {**{name: parameter.default for name, parameter in parameters.items()}, **found}
+        if not found.pop("kwargs", None):
+            break
+    return {name: default for name, default in found.items() if name not in without}

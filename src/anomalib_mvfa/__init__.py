@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint import load_adapters, save_adapters
-    from .data import BMADFewShot, BMADLeaveOneOut, BMADOneClass, FewShot, LeaveOneOut, Phantom
+    from .data import BMADFewShot, BMADLeaveOneOut, BMADOneClass, FewShot, FullNormal, LeaveOneOut, Phantom
     from .model.lightning_model import Mvfa
     from .model.torch_model import MvfaModel
     from .plugin import register
@@ -17,6 +17,7 @@ __all__ = [
     "BMADLeaveOneOut",
     "BMADOneClass",
     "FewShot",
+    "FullNormal",
     "LeaveOneOut",
     "Mvfa",
     "MvfaModel",
@@ -33,6 +34,7 @@ _HOMES = {
     "BMADLeaveOneOut": ".data",
     "BMADOneClass": ".data",
     "FewShot": ".data",
+    "FullNormal": ".data",
     "LeaveOneOut": ".data",
     "Mvfa": ".model.lightning_model",
     "MvfaModel": ".model.torch_model",

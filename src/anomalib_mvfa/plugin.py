@@ -14,7 +14,7 @@ logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings 
 
 _NAMES = {
     "anomalib.models": ("Mvfa",),
-    "anomalib.data": ("BMADFewShot", "BMADLeaveOneOut", "BMADOneClass", "FewShot", "LeaveOneOut", "Phantom"),
+    "anomalib.data": ("BMADFewShot", "BMADLeaveOneOut", "BMADOneClass", "FewShot", "FullNormal", "LeaveOneOut", "Phantom"),
 }
 
 

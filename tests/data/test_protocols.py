@@ -12,7 +12,7 @@ from anomalib.data import Folder, Kolektor, MVTecAD, Visa, get_datamodule
 from torchvision.transforms.v2 import Compose, RandomHorizontalFlip, Resize
 
 from anomalib_mvfa.contract import FEW_SHOT, LEAVE_ONE_OUT, class_name_of, describe
-from anomalib_mvfa.data import BMADFewShot, BMADLeaveOneOut, BMADOneClass, FewShot, LeaveOneOut, Phantom
+from anomalib_mvfa.data import BMADFewShot, BMADLeaveOneOut, BMADOneClass, FewShot, FullNormal, LeaveOneOut, Phantom
 from anomalib_mvfa.data.support import group_of
 
 PATIENT = r"/p(\d)_"
@@ -383,6 +383,45 @@ def test_training_shows_every_view_once_an_epoch(phantom_root):
 # ------------------------------------------------------------------------------------------------------- LeaveOneOut
 
 
+def full_normal(source, **arguments):
+    return ready(FullNormal(source, **{"k_shot": 1, "num_workers": 0, **arguments}))
+
+
+def test_all_normal_images_are_learnt_from_and_the_same_ones_tested(any_source, contents):
+    source, *_ = any_source
+    few, full = few_shot(source, k_shot=1), full_normal(source)
+    assert full.train_data.samples.label_index.eq(0).all()
+    assert paths(full.train_data) == paths(full.source.train_data)
+    assert contents(paths(full.train_data)).isdisjoint(contents([*paths(full.test_data), *paths(full.val_data)]))
+    for part in ("val_data", "test_data"):
+        assert paths(getattr(full, part)) == paths(getattr(few, part))
+    seen = [path for batch in full.train_dataloader() for path in batch.image_path]
+    assert sorted(seen) == sorted(paths(full.train_data))
+
+
+def test_no_patient_is_trained_on_and_tested(patients):
+    for path in sorted((patients / "Brain" / "train").rglob("*.png")):
+        path.rename(path.with_name(f"p{int(path.stem) % 4}_{path.name}"))  # 2 and 3 are tested
+    full = full_normal(BMADOneClass(patients, "Brain"), group_by=PATIENT)
+    assert groups(full.source.train_data) >= {"1", "2"}
+    assert groups(full.train_data) == groups(full.source.train_data) - {"2", "3"}
+
+
+def test_published_folders_have_nothing_to_learn_from(bmad_root):
+    with pytest.raises(FileNotFoundError, match=r"Retina_RESC_AD/train has no images"):
+        full_normal(BMADOneClass(bmad_root, "Retina_RESC"))
+
+
+def test_abnormal_images_of_a_list_are_not_tested_even_if_not_learnt_from(own_folder, tmp_path):
+    pool = few_shot(own_folder, k_shot=1).source.test_data.samples
+    normal, abnormal = (Path(pool.image_path[pool.label_index == label].iloc[0]).name for label in (0, 1))
+    (tmp_path / "1-shot.txt").write_text(f"n-0: {normal}\na-0: {abnormal}\n")
+    listed = {"k_shot": 1, "support_list": tmp_path / "1-shot.txt"}
+    few, few_normal = few_shot(own_folder, **listed), few_shot(own_folder, abnormal_shots=0, **listed)
+    assert [Path(path).name for path in paths(few_normal.train_data)] == [normal]
+    assert paths(few_normal.test_data) == paths(few.test_data)
+
+
 def loo(root, category, **arguments):
     augmentations = Resize((16, 16))
     return ready(BMADLeaveOneOut(root, category, augmentations=augmentations, num_workers=0, **arguments))
@@ -391,7 +430,7 @@ def loo(root, category, **arguments):
 def test_leave_one_out_learns_from_the_others_test_images(bmad_root):
     data = loo(bmad_root, "Chest", train_categories=["Brain", "Retina_RESC", "Retina_OCT2017"], train_batch_size=3)
     others = [
-        ready(BMADFewShot(bmad_root, name, k_shot=1).source) for name in ("Brain", "Retina_RESC", "Retina_OCT2017")
+        ready(BMADFewShot(bmad_root, name, k_shot=1)).source for name in ("Brain", "Retina_RESC", "Retina_OCT2017")
     ]
     assert paths(data.train_data) == [path for other in others for path in paths(other.test_data)]
     assert paths(data.val_data) == [path for other in others for path in paths(other.val_data)]

@@ -79,7 +79,7 @@ def test_scores_of_every_file(run, monkeypatch):
     figures = FIGURES["Chest"]
     _, cli = run("Chest")
     recorder = next(c for c in cli.engine.trainer.callbacks if isinstance(c, ScoreRecorder))
-    names = [Path(path).name for path in recorder.paths]
+    names = [Path(path).name for path in recorder.scores.paths]
     rows = [names.index(name) for name in figures["files"]]
     for branch, key in (("zero", "zero_det_mean"), ("few", "few_det_mean")):
         values = torch.cat([getattr(score, branch) for score in seen])[-len(names) :][rows]

@@ -2,6 +2,6 @@
 
 from .bmad import BMADFewShot, BMADLeaveOneOut, BMADOneClass
 from .phantom import Phantom
-from .protocols import FewShot, LeaveOneOut
+from .protocols import FewShot, FullNormal, LeaveOneOut
 
-__all__ = ["BMADFewShot", "BMADLeaveOneOut", "BMADOneClass", "FewShot", "LeaveOneOut", "Phantom"]
+__all__ = ["BMADFewShot", "BMADLeaveOneOut", "BMADOneClass", "FewShot", "FullNormal", "LeaveOneOut", "Phantom"]

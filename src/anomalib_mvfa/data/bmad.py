@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 from anomalib.data import BMAD
-from anomalib.data.utils import LabelName, ValSplitMode
+from anomalib.data.utils import LabelName, TestSplitMode, ValSplitMode
 from pandas import DataFrame
 from torchvision.transforms.v2 import Transform
 
@@ -149,11 +149,14 @@ class BMADOneClass(BMAD):
 
     Attributes:
         class_name: Noun of the category.
+        needs_train: Whether training images are read; the folders that MVFA's authors published have none.
 
     Raises:
         ValueError: There is no such category in BMAD.
         FileNotFoundError: The root exists but does not hold the category.
     """
+
+    needs_train = True
 
     def __init__(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003  # anomalib's
         super().__init__(*args, **kwargs)
@@ -198,23 +201,16 @@ class BMADOneClass(BMAD):
             self.root = root
 
     def _setup(self, _stage: str | None = None) -> None:
-        self.train_data = BMADDataset(self.root, self.category, "train")
-        self._setup_labelled()
-
-    def _setup_labelled(self) -> None:
+        if self.needs_train:
+            self.train_data = BMADDataset(self.root, self.category, "train")
         if self.val_split_mode == ValSplitMode.FROM_DIR:
             self.val_data = BMADDataset(self.root, self.category, "valid")
         self.test_data = BMADDataset(self.root, self.category, "test")
 
-
-class _Labelled(BMADOneClass):
-    """The labelled images of BMAD alone: the published folders have no others."""
-
-    def _setup(self, _stage: str | None = None) -> None:
-        self._setup_labelled()
-
     def _create_test_split(self) -> None:
-        """Leave the test images as they are."""
+        """Leave BMAD's own test images as they are: no training image need take the place of a missing kind."""
+        if self.test_split_mode != TestSplitMode.FROM_DIR:
+            super()._create_test_split()
 
 
 class BMADFewShot(FewShot):
@@ -223,52 +219,11 @@ class BMADFewShot(FewShot):
     Args:
         root: Folder that contains the category's folder; BMAD is downloaded there if it does not exist.
         category: "Brain", "Liver", "Retina_RESC", "Retina_OCT2017", "Chest" or "Histopathology".
-        k_shot: K, see :class:`~anomalib_mvfa.data.protocols.FewShot`, as for all that follow.
-        abnormal_shots: Abnormal images, K by default.
-        support_list: Published list of support images, or folder of such lists.
-        group_by: Regular expression that names a patient, say.
-        train_batch_size: Views in a training batch.
-        eval_batch_size: Images in a validation or test batch.
-        num_workers: Processes that load validation and test images.
-        train_augmentations: Applied to support images before the views are taken.
-        val_augmentations: Applied to validation images.
-        test_augmentations: Applied to test images.
-        augmentations: Applied where none of the three above is given.
-        seed: Of the draw, and of the order of training.
+        kwargs: Arguments of :class:`~anomalib_mvfa.data.protocols.FewShot` other than the source.
     """
 
-    def __init__(
-        self,
-        root: Path | str = "./datasets/BMAD",
-        category: str = "Brain",
-        k_shot: int = 4,
-        abnormal_shots: int | None = None,
-        support_list: Path | str | None = None,
-        group_by: str | None = None,
-        train_batch_size: int = 1,
-        eval_batch_size: int = 32,
-        num_workers: int = 8,
-        train_augmentations: Transform | None = None,
-        val_augmentations: Transform | None = None,
-        test_augmentations: Transform | None = None,
-        augmentations: Transform | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            _Labelled(root, category),
-            k_shot,
-            abnormal_shots,
-            support_list,
-            group_by,
-            train_batch_size,
-            eval_batch_size,
-            num_workers,
-            train_augmentations,
-            val_augmentations,
-            test_augmentations,
-            augmentations,
-            seed,
-        )
+    def __init__(self, root: Path | str = "./datasets/BMAD", category: str = "Brain", **kwargs) -> None:  # noqa: ANN003
+        super().__init__(BMADOneClass(root, category), **kwargs)
 
 
 class BMADLeaveOneOut(LeaveOneOut):
@@ -280,15 +235,7 @@ class BMADLeaveOneOut(LeaveOneOut):
         train_categories: Categories to learn from; all others by default.
         exclude_modality: Leave categories of the same modality out as well. The published numbers do not: either
             retinal OCT set is tested by a model that has learnt from the other.
-        train_batch_size: Images in a training batch, see :class:`~anomalib_mvfa.data.protocols.LeaveOneOut`, as for all
-            that follow.
-        eval_batch_size: Images in a validation or test batch.
-        num_workers: Processes that load images.
-        train_augmentations: Applied to training images.
-        val_augmentations: Applied to validation images.
-        test_augmentations: Applied to test images.
-        augmentations: Applied where none of the three above is given.
-        seed: Of the order of training.
+        kwargs: Arguments of :class:`~anomalib_mvfa.data.protocols.LeaveOneOut` other than sources and held_out.
 
     Raises:
         ValueError: A category is unknown, or is held out and learnt from at once, or none is left to learn from.
@@ -300,14 +247,7 @@ class BMADLeaveOneOut(LeaveOneOut):
         category: str = "Brain",
         train_categories: Sequence[str] | None = None,
         exclude_modality: bool = False,
-        train_batch_size: int = 16,
-        eval_batch_size: int = 32,
-        num_workers: int = 8,
-        train_augmentations: Transform | None = None,
-        val_augmentations: Transform | None = None,
-        test_augmentations: Transform | None = None,
-        augmentations: Transform | None = None,
-        seed: int = 0,
+        **kwargs,  # noqa: ANN003
     ) -> None:
         chosen = list(train_categories) if train_categories is not None else [c for c in CATEGORIES if c != category]
         check_categories(category, *chosen)
@@ -317,15 +257,4 @@ class BMADLeaveOneOut(LeaveOneOut):
         if category in chosen or not chosen:
             msg = f"train_categories={chosen} must name at least one category, and not category={category!r} itself."
             raise ValueError(msg)
-        super().__init__(
-            [_Labelled(root, name) for name in (category, *chosen)],
-            category,
-            train_batch_size,
-            eval_batch_size,
-            num_workers,
-            train_augmentations,
-            val_augmentations,
-            test_augmentations,
-            augmentations,
-            seed,
-        )
+        super().__init__([BMADOneClass(root, name) for name in (category, *chosen)], category, **kwargs)

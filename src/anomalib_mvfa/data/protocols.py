@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,18 @@ Source = AnomalibDataModule | dict[str, Any]
 
 
 class _Protocol(AnomalibDataModule):
-    """What protocols share: they split by themselves, and load in an order of their own."""
+    """What protocols share: they split by themselves, and load in an order of their own.
+
+    Args:
+        train_batch_size: Images in a training batch.
+        eval_batch_size: Images in a validation or test batch.
+        num_workers: Processes that load images.
+        train_augmentations: Applied to training images; in few-shot, before the views are taken.
+        val_augmentations: Applied to validation images.
+        test_augmentations: Applied to test images.
+        augmentations: Applied where none of the three above is given.
+        seed: Of draws, and of the order of training.
+    """
 
     protocol: Protocol
     seed: int
@@ -33,13 +44,13 @@ class _Protocol(AnomalibDataModule):
     def __init__(
         self,
         train_batch_size: int,
-        eval_batch_size: int,
-        num_workers: int,
-        seed: int,
+        eval_batch_size: int = 32,
+        num_workers: int = 8,
         train_augmentations: Transform | None = None,
         val_augmentations: Transform | None = None,
         test_augmentations: Transform | None = None,
         augmentations: Transform | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(
             train_batch_size=_at_least("train_batch_size", train_batch_size, 1),
@@ -87,13 +98,7 @@ class FewShot(_Protocol):
         group_by: Regular expression on image paths whose match (or first group) names a patient, say. No group is then
             in more than one of support, validation and test: validation images that share one with either are left out.
         train_batch_size: Views in a training batch; the published code trains with 1, and larger batches did worse.
-        eval_batch_size: Images in a validation or test batch.
-        num_workers: Processes that load validation and test images.
-        train_augmentations: Applied to support images before the views are taken.
-        val_augmentations: Applied to validation images.
-        test_augmentations: Applied to test images.
-        augmentations: Applied where none of the three above is given.
-        seed: Of the draw, and of the order of training.
+        kwargs: See :class:`_Protocol`: ``eval_batch_size``, ``num_workers``, augmentations and ``seed``.
 
     Attributes:
         protocol: What it implies for the model.
@@ -115,24 +120,9 @@ class FewShot(_Protocol):
         support_list: Path | str | None = None,
         group_by: str | None = None,
         train_batch_size: int = 1,
-        eval_batch_size: int = 32,
-        num_workers: int = 8,
-        train_augmentations: Transform | None = None,
-        val_augmentations: Transform | None = None,
-        test_augmentations: Transform | None = None,
-        augmentations: Transform | None = None,
-        seed: int = 0,
+        **kwargs,  # noqa: ANN003  # the protocols' common arguments
     ) -> None:
-        super().__init__(
-            train_batch_size,
-            eval_batch_size,
-            num_workers,
-            seed,
-            train_augmentations,
-            val_augmentations,
-            test_augmentations,
-            augmentations,
-        )
+        super().__init__(train_batch_size, **kwargs)
         self.source = _resolve(source)
         self.k_shot = _at_least("k_shot", k_shot, 1)
         self.abnormal_shots = _at_least("abnormal_shots", k_shot if abnormal_shots is None else abnormal_shots, 0)
@@ -160,7 +150,10 @@ class FewShot(_Protocol):
         return train_loader(self.train_data, self.train_batch_size, self.seed, num_workers=0)
 
     def _setup(self, _stage: str | None = None) -> None:
-        has_validation = _set_up(self.source, self.seed)
+        self._deal(_set_up(self.source, self.seed))
+
+    def _deal(self, has_validation: bool) -> None:
+        """Deal out the images of a source that is set up, with or without validation images of its own."""
         dataset = self.source.val_data if has_validation else self.source.test_data
         pool, test = dataset.samples, self.source.test_data.samples
         support = self._named(pool) if self.support_list else None
@@ -177,6 +170,8 @@ class FewShot(_Protocol):
             )
             raise ValueError(msg)
         val = self._without(pool, self._groups(support))
+        if not self.abnormal_shots:  # a list may name abnormal images all the same, which are not learnt from
+            support = support[support.label_index == LabelName.NORMAL]
         _check_disjoint(support, val, test)
         if not len(test):
             msg = (
@@ -201,22 +196,21 @@ class FewShot(_Protocol):
 
     def _update_augmentations(self) -> None:
         super()._update_augmentations()
-        self.support.augmentations = self.train_data.augmentations
-
-    def _kinds(self, pool: DataFrame) -> Iterator[tuple[LabelName, DataFrame, int]]:
-        """Yield kinds that the support has, the images to choose from, and how many."""
-        for kind, count in ((LabelName.NORMAL, self.k_shot), (LabelName.ABNORMAL, self.abnormal_shots)):
-            if count:
-                yield kind, pool[pool.label_index == kind], count
+        if hasattr(self, "support"):
+            self.support.augmentations = self.train_data.augmentations
 
     def _named(self, pool: DataFrame) -> DataFrame:
         """Return the support that the list names: normal images, then abnormal ones."""
         names = read_support_list(str(self.support_list), self.category, self.k_shot)
+        counts = {
+            LabelName.NORMAL: self.k_shot,
+            LabelName.ABNORMAL: self.abnormal_shots or len(names[LabelName.ABNORMAL]),
+        }
         where = f"support_list={str(self.support_list)!r}"
         return pd.concat(
             [
-                pick(images, names[kind], count, f"{where} ({KINDS[kind][0]})")
-                for kind, images, count in self._kinds(pool)
+                pick(pool[pool.label_index == kind], names[kind], count, f"{where} ({KINDS[kind][0]})")
+                for kind, count in counts.items()
             ],
             ignore_index=True,
         )
@@ -224,7 +218,8 @@ class FewShot(_Protocol):
     def _drawn(self, pool: DataFrame) -> DataFrame:
         """Return the support that the seed draws: normal images, then abnormal ones."""
         chosen = []
-        for kind, images, count in self._kinds(pool):
+        for kind, count in ((LabelName.NORMAL, self.k_shot), (LabelName.ABNORMAL, self.abnormal_shots)):
+            images = pool[pool.label_index == kind]
             if len(images) < count:
                 argument = "k_shot" if kind == LabelName.NORMAL else "abnormal_shots"
                 grouped = f" in groups of their own (group_by={self.group_by!r})" if self.group_by else ""
@@ -244,6 +239,44 @@ class FewShot(_Protocol):
         return samples.loc[[group_of(path, self.group_by) not in groups for path in samples.image_path]]
 
 
+class FullNormal(FewShot):
+    """All normal training images of a data set, for methods that learn from them alone (paper, Table 1).
+
+    It validates and tests on the very images that :class:`FewShot` with the same arguments does, so that the two can be
+    compared; the support that would draw is left out.
+
+    Args:
+        source: As of :class:`FewShot`.
+        train_batch_size: Images in a training batch.
+        kwargs: The other arguments of :class:`FewShot`.
+
+    Raises:
+        ValueError: As :class:`FewShot`; or the source has no normal training image of another group than it tests.
+    """
+
+    def __init__(self, source: Source, train_batch_size: int = 32, **kwargs) -> None:  # noqa: ANN003
+        super().__init__(source, train_batch_size=train_batch_size, **kwargs)
+
+    def _setup(self, _stage: str | None = None) -> None:
+        self._deal(_set_up(self.source, self.seed, with_train=True))
+        del self.support  # a memory bank is built from the training images
+        train = self.source.train_data
+        samples = self._without(train.samples, self._groups(self.test_data.samples))
+        samples = samples[samples.label_index == LabelName.NORMAL]
+        if not len(samples):
+            msg = (
+                f"{self.category or self.name} has no normal training image that is not of a tested group "
+                f"(group_by={self.group_by!r}). Give a source with training images, or learn from few by FewShot."
+            )
+            raise ValueError(msg)
+        self.train_data = SampleDataset.of(train, samples, self.class_name)
+        logger.info("Training images of %s: %d normal ones, in place of the support.", self.category, len(samples))
+
+    def train_dataloader(self) -> DataLoader:
+        """Return a loader of training images, reshuffled every epoch."""
+        return train_loader(self.train_data, self.train_batch_size, self.seed, self.num_workers)
+
+
 class LeaveOneOut(_Protocol):
     """Learn from the labelled test images of all sources but one, and test on that one, of which nothing is learnt.
 
@@ -255,13 +288,7 @@ class LeaveOneOut(_Protocol):
         sources: Anomalib datamodules, or mappings with their ``class_path`` and ``init_args``.
         held_out: Category of the source that is tested, or its name if it has no category; the first one's by default.
         train_batch_size: Images in a training batch.
-        eval_batch_size: Images in a validation or test batch.
-        num_workers: Processes that load images.
-        train_augmentations: Applied to training images.
-        val_augmentations: Applied to validation images.
-        test_augmentations: Applied to test images.
-        augmentations: Applied where none of the three above is given.
-        seed: Of the order of training.
+        kwargs: See :class:`_Protocol`: ``eval_batch_size``, ``num_workers``, augmentations and ``seed``.
 
     Attributes:
         protocol: What it implies for the model.
@@ -280,24 +307,9 @@ class LeaveOneOut(_Protocol):
         sources: Sequence[Source],
         held_out: str | None = None,
         train_batch_size: int = 16,
-        eval_batch_size: int = 32,
-        num_workers: int = 8,
-        train_augmentations: Transform | None = None,
-        val_augmentations: Transform | None = None,
-        test_augmentations: Transform | None = None,
-        augmentations: Transform | None = None,
-        seed: int = 0,
+        **kwargs,  # noqa: ANN003  # the protocols' common arguments
     ) -> None:
-        super().__init__(
-            train_batch_size,
-            eval_batch_size,
-            num_workers,
-            seed,
-            train_augmentations,
-            val_augmentations,
-            test_augmentations,
-            augmentations,
-        )
+        super().__init__(train_batch_size, **kwargs)
         resolved = [_resolve(source) for source in sources]
         categories = [source.category or source.name for source in resolved]
         held_out = held_out or next(iter(categories), "")
@@ -356,8 +368,10 @@ def _resolve(source: Source) -> AnomalibDataModule:
     raise ValueError(msg)
 
 
-def _set_up(source: AnomalibDataModule, seed: int) -> bool:
+def _set_up(source: AnomalibDataModule, seed: int, with_train: bool = False) -> bool:
     """Set a source up; return whether it has validation images of its own, or else all its labelled ones in test."""
+    if hasattr(source, "needs_train"):
+        source.needs_train = with_train
     has_validation = source.val_split_mode not in {ValSplitMode.NONE, ValSplitMode.SAME_AS_TEST, ValSplitMode.FROM_TEST}
     if not has_validation:
         source.val_split_mode = ValSplitMode.NONE
