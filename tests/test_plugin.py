@@ -19,7 +19,8 @@ from anomalib_mvfa import plugin
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
-DATA_NAMES = ("BMADFewShot", "BMADLeaveOneOut", "BMADOneClass", "FewShot", "LeaveOneOut", "Phantom")
+DATA_NAMES = ("BMADFewShot", "BMADLeaveOneOut", "BMADOneClass", "FewShot", "FullNormal", "LeaveOneOut", "Phantom")
+MODEL_NAMES = {"april_gan": "AprilGan", "clip": "Clip", "mvfa": "Mvfa"}
 
 
 def python(code: str, *options: str, **environment: str) -> str:
@@ -165,6 +166,8 @@ def test_every_first_import_attaches_everything():
         "import anomalib.visualization",
         "from anomalib.models.image.padim import Padim",
         "from anomalib_mvfa import Mvfa",
+        "from anomalib_mvfa import AprilGan",
+        "from anomalib_mvfa import Clip",
         "from anomalib_mvfa import MvfaModel",
         "from anomalib_mvfa import BMADFewShot",
         "import anomalib_mvfa.data",
@@ -187,8 +190,10 @@ def test_every_first_import_attaches_everything():
                 data = sys.modules["anomalib.data"]
                 lacking = [name for name in {DATA_NAMES!r} if not hasattr(data, name)]
                 import anomalib_mvfa
-                from anomalib.models import ALLOWED_MODULES, Mvfa, list_models
-                assert Mvfa is anomalib_mvfa.Mvfa and "mvfa" in list_models() and "anomalib_mvfa" in ALLOWED_MODULES
+                from anomalib import models
+                for snake, name in {MODEL_NAMES!r}.items():
+                    assert getattr(models, name) is getattr(anomalib_mvfa, name) and snake in models.list_models()
+                assert "anomalib_mvfa" in models.ALLOWED_MODULES
                 print(first, lacking, flush=True)
             except BaseException as error:
                 print(first, repr(error), flush=True)
@@ -206,7 +211,8 @@ def test_switched_off_until_registered_by_hand():
         import anomalib.data, anomalib.models
 
         def known():
-            return "mvfa" in anomalib.models.list_models(), *(hasattr(anomalib.data, name) for name in {DATA_NAMES!r})
+            models = [name in anomalib.models.list_models() for name in {MODEL_NAMES!r}]
+            return [*models, *(hasattr(anomalib.data, name) for name in {DATA_NAMES!r})]
 
         import anomalib_mvfa
         found = [known()]
@@ -219,15 +225,18 @@ def test_switched_off_until_registered_by_hand():
         """,
         ANOMALIB_MVFA_PLUGIN="0",
     )
-    assert json.loads(printed) == [[False] * 7, [True] * 7]
+    names = len(MODEL_NAMES) + len(DATA_NAMES)
+    assert json.loads(printed) == [[False] * names, [True] * names]
 
 
-@pytest.mark.parametrize("spelling", ["mvfa", {"class_path": "Mvfa"}, {"class_path": "anomalib_mvfa.Mvfa"}])
-def test_get_model_knows_mvfa(spelling, monkeypatch):
+@pytest.mark.parametrize(("snake", "name"), MODEL_NAMES.items())
+def test_get_model_knows_ours(snake, name, monkeypatch):
     from anomalib.models import get_model
 
-    monkeypatch.setattr(anomalib_mvfa.Mvfa, "__init__", lambda self: None)  # without building CLIP
-    assert type(get_model(spelling)) is anomalib_mvfa.Mvfa
+    kind = getattr(anomalib_mvfa, name)
+    monkeypatch.setattr(kind, "__init__", lambda self: None)  # without building CLIP
+    for spelling in (snake, {"class_path": name}, {"class_path": f"anomalib_mvfa.{name}"}):
+        assert type(get_model(spelling)) is kind
 
 
 @pytest.mark.parametrize("name", DATA_NAMES)

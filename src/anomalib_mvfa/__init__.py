@@ -4,6 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .baselines.april_gan import AprilGan
+    from .baselines.clip import Clip
+    from .baselines.winclip import WinClipBaseline
     from .checkpoint import load_adapters, save_adapters
     from .data import BMADFewShot, BMADLeaveOneOut, BMADOneClass, FewShot, FullNormal, LeaveOneOut, Phantom
     from .model.lightning_model import Mvfa
@@ -13,15 +16,18 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "AprilGan",
     "BMADFewShot",
     "BMADLeaveOneOut",
     "BMADOneClass",
+    "Clip",
     "FewShot",
     "FullNormal",
     "LeaveOneOut",
     "Mvfa",
     "MvfaModel",
     "Phantom",
+    "WinClipBaseline",
     "__version__",
     "load_adapters",
     "register",
@@ -30,15 +36,18 @@ __all__ = [
 
 # Imported on first use: importing this package must not import anomalib, whose import imports this package.
 _HOMES = {
+    "AprilGan": ".baselines.april_gan",
     "BMADFewShot": ".data",
     "BMADLeaveOneOut": ".data",
     "BMADOneClass": ".data",
+    "Clip": ".baselines.clip",
     "FewShot": ".data",
     "FullNormal": ".data",
     "LeaveOneOut": ".data",
     "Mvfa": ".model.lightning_model",
     "MvfaModel": ".model.torch_model",
     "Phantom": ".data",
+    "WinClipBaseline": ".baselines.winclip",
     "load_adapters": ".checkpoint",
     "register": ".plugin",
     "save_adapters": ".checkpoint",

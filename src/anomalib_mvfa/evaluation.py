@@ -1,7 +1,8 @@
-"""Which metrics are reported, and a pixel AUROC whose memory does not grow with the test set."""
+"""Which metrics are reported, a pixel AUROC of constant memory, and a post-processor that keeps the order of scores."""
 
 import torch
 from anomalib.metrics import AUPRO, AUROC, AnomalibMetric, Evaluator, F1Score
+from anomalib.post_processing import PostProcessor
 from torchmetrics import Metric
 
 BINS = 2**20
@@ -57,3 +58,26 @@ def metrics() -> Evaluator:
             F1Score(fields=["pred_mask", "gt_mask"], prefix="pixel_", strict=False),
         ],
     )
+
+
+class OrderKeepingPostProcessor(PostProcessor):
+    """Maps scores of any range into (0, 1) without a tie: strictly increasing, the threshold at 0.5.
+
+    Anomalib's own post-processor scales by the validation's extremes and clamps what lies beyond them; the ties that
+    this makes change AUROC, for one method more than for another. With this one, AUROC is that of the raw scores.
+    """
+
+    @staticmethod
+    def _normalize(
+        preds: torch.Tensor | None,
+        norm_min: torch.Tensor,
+        norm_max: torch.Tensor,
+        threshold: torch.Tensor,
+    ) -> torch.Tensor | None:
+        if preds is None:
+            return None
+        threshold = torch.where(threshold.isnan(), (norm_max + norm_min) / 2, threshold).nan_to_num(nan=0.0)
+        span = (norm_max - norm_min).nan_to_num(nan=1.0)
+        span = torch.where(span > 0, span, torch.ones_like(span))
+        distance = (preds - threshold.to(preds)) / span.to(preds)  # from the threshold, in ranges of the validation
+        return 0.5 + 0.5 * distance / (1 + distance.abs())

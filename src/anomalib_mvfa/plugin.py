@@ -13,8 +13,16 @@ from types import ModuleType
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 _NAMES = {
-    "anomalib.models": ("Mvfa",),
-    "anomalib.data": ("BMADFewShot", "BMADLeaveOneOut", "BMADOneClass", "FewShot", "FullNormal", "LeaveOneOut", "Phantom"),
+    "anomalib.models": ("AprilGan", "Clip", "Mvfa", "WinClipBaseline"),
+    "anomalib.data": (
+        "BMADFewShot",
+        "BMADLeaveOneOut",
+        "BMADOneClass",
+        "FewShot",
+        "FullNormal",
+        "LeaveOneOut",
+        "Phantom",
+    ),
 }
 
 
@@ -47,14 +55,20 @@ def attach(host: ModuleType) -> None:
         host.ALLOWED_MODULES.add(package.__name__)
 
 
-def main() -> None:
-    """Run anomalib's command line with MVFA registered, or our own command ``repeat``."""
-    register()
-    if sys.argv[1:2] == ["repeat"]:
-        from .repeat import main as repeat
+COMMANDS = {"compare": "compare.run", "repeat": "repeat", "report": "compare.report"}
+"""Our own commands, and the modules whose ``main`` runs them."""
 
-        repeat(sys.argv[2:])
-        return
+
+def main() -> int | None:
+    """Run anomalib's command line with MVFA registered, or a command of our own.
+
+    Returns:
+        Exit code, None for success.
+    """
+    register()
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        return import_module(f".{COMMANDS[sys.argv[1]]}", __package__).main(sys.argv[2:])
     from anomalib.cli.cli import main as anomalib_main
 
     anomalib_main()
+    return None

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .intervals import METRICS, ScoreRecorder, Scores, bootstrap
+from .provenance import commit
 
 
 class EveryEpoch(ModelCheckpoint):
@@ -129,7 +129,7 @@ def _report(
     for name, interval in intervals.items():
         last[name]["interval_95"] = interval
     report = {
-        "commit": _commit(),
+        "commit": commit(),
         "calibration": (runs[0]["settings"] or {}).get("calibration"),
         "bootstrap": {"over": group_by or "images", "resamples": resamples},
         "last_epoch": last,
@@ -141,13 +141,6 @@ def _report(
             **summary("selected_on_test"),
         }
     return report
-
-
-def _commit() -> str | None:
-    """Commit of the checkout that runs, if it is one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # fixed arguments
-    return done.stdout.strip() or None
 
 
 def _show(report: dict[str, Any], output: Path) -> None:

@@ -37,6 +37,19 @@ def test_projector_is_linear_and_leaves_the_stream_alone():
     assert to_stream is None
 
 
+def test_linear_layers_have_a_bias():
+    adapters = BranchAdapters(2, WIDTH, JOINT, "linear")
+    shapes = {name: tuple(weight.shape) for name, weight in adapters.state_dict().items()}
+    assert shapes == {
+        "0.weight": (JOINT, WIDTH),
+        "0.bias": (JOINT,),
+        "1.weight": (JOINT, WIDTH),
+        "1.bias": (JOINT,),
+    }
+    adapters.train_only([1])
+    assert [name for name, weight in adapters.named_parameters() if weight.requires_grad] == ["1.weight", "1.bias"]
+
+
 def test_both_branches_share_the_weight_of_adapters():
     seg, det = torch.full_like(X, 10.0), torch.full_like(X, 100.0)
     assert torch.allclose(add_to_stream(X, seg, det, 0.1), 0.8 * X + 1 + 10)

@@ -21,6 +21,13 @@ def test_formula(weights, ranges):
         assert fuse(torch.tensor(zero), torch.tensor(few), weights, ranges).item() == pytest.approx(expected, abs=2e-6)
 
 
+@pytest.mark.parametrize("ranges", [RANGES, None], ids=["ranges", "none"])
+def test_a_branch_that_is_not_there_is_one_without_weight(ranges):
+    few = torch.linspace(0, 0.06, 301)
+    assert torch.equal(fuse(None, few, Weights(0.0, 2.0), ranges), fuse(FAR, few, Weights(0.0, 2.0), ranges))
+    assert torch.equal(fuse(FAR, None, Weights(2.0, 0.0), ranges), fuse(FAR, few, Weights(2.0, 0.0), ranges))
+
+
 def test_support_spans_the_middle_half():
     """The lowest support values score 1/4, the highest 3/4, so that there is room on either side."""
     zero, few = RANGES[0], RANGES[1]

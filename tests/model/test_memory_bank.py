@@ -32,6 +32,14 @@ def test_distance_is_the_mean_over_levels(bank):
     assert (found - expected).abs().max() < 1e-6
 
 
+def test_distances_of_each_level(bank):
+    query = features(1, count=2)
+    found = bank.level_distances("seg", query)
+    assert len(found) == LEVELS
+    for level, one, rows in zip(found, query, features(0), strict=True):
+        assert (level - by_hand.distances(one, rows)).abs().max() < 1e-6
+
+
 def test_own_rows_are_at_distance_zero(bank):
     assert bank.distance("seg", features(0)).abs().max() < 1e-6
     assert bank.distance("seg", features(1)).min() > 1e-2

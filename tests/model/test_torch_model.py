@@ -82,13 +82,24 @@ def test_levels_in_between(build):
 
 
 @torch.no_grad()
-def test_blocks_behind_the_last_level_are_not_run(build, monkeypatch):
+@pytest.mark.parametrize("run", ["tokens", "frozen_tokens"])
+def test_blocks_behind_the_last_level_are_not_run(build, monkeypatch, run):
     model = build(levels=[1, 2])
     ran = []
     block = model.backbone.block
     monkeypatch.setattr(model.backbone, "block", lambda index, x: ran.append(index) or block(index, x))
-    model.tokens(IMAGES)
+    getattr(model, run)(IMAGES)
     assert ran == [0, 1]
+
+
+@torch.no_grad()
+def test_frozen_tokens_are_the_stream_without_adapters(build):
+    model, projectors = build(levels=[1, 3]), build(levels=[1, 3], adaptation="projector")
+    frozen = model.frozen_tokens(IMAGES)
+    features = by_hand.tokens(projectors, IMAGES, adaptation="projector")[0]
+    for position, (x, expected) in enumerate(zip(frozen, features, strict=True)):
+        assert x.shape == (3, 17, TINY.config["vision_cfg"]["width"])
+        assert difference(projectors.seg_adapters[position](x)[:1], [expected]) < 1e-5
 
 
 @torch.no_grad()
@@ -365,6 +376,34 @@ def test_scores(build, text, options, weights, map_branch, image_score):
         score = by_hand.fused(zero, pool(by_hand.few_map(query[1], bank[1], SIZE).flatten(1)), weights, None)
     assert found.pred_score.shape == (len(IMAGES),)
     assert (found.pred_score - score).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("weights", [ZERO_ONLY, FEW_ONLY, UNEQUAL], ids=["zero", "few", "both"])
+@pytest.mark.parametrize("map_branch", ["seg", "det"])
+def test_level_maps(build, text, weights, map_branch):
+    """Those of the scored levels, each by itself, brought to one scale by the ranges of all."""
+    model = build(score_levels=[1, 2, 4])
+    model.scoring = Scoring(map_branch, "map_max", weights)
+    model.calibrate(model.memorise(views(NORMAL, ABNORMAL)))
+    found = model.level_maps(IMAGES)
+    assert found.shape == (3, 3, SIZE, SIZE)
+
+    branch, ranges = {"seg": 0, "det": 1}[map_branch], model.ranges[0].double()
+    query, bank = by_hand.tokens(model, IMAGES), by_hand.tokens(model, torch.cat([NORMAL, NORMAL.flip(-1)]))
+    for row, level in enumerate([0, 1, 3]):
+        zero = by_hand.seg_map(by_hand.logits(query[branch][level], text), SIZE)
+        few = by_hand.few_map([query[branch][level]], [bank[branch][level]], SIZE)
+        for image, y, x in ((0, 0, 0), (1, 17, 40), (2, 55, 3)):
+            pair = float(zero[image, y, x]), float(few[image, y, x])
+            expected = by_hand.fused(*pair, weights, ranges.tolist())
+            assert found[image, row, y, x].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_map_of_one_level_is_the_map(build):
+    model = build(score_levels=[3])
+    model.calibrate(model.memorise(views(NORMAL, ABNORMAL)))
+    with torch.no_grad():
+        assert torch.equal(model.level_maps(IMAGES)[:, 0], model(IMAGES).anomaly_map)
 
 
 def test_image_scores_are_three_different_things(build):

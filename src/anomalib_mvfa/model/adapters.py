@@ -57,11 +57,11 @@ class BranchAdapters(nn.ModuleList):
         levels: How many levels.
         width: D.
         joint_width: E.
-        adaptation: "adapter" or "projector".
+        adaptation: "adapter", "projector", or "linear": a linear layer with bias.
     """
 
     def __init__(self, levels: int, width: int, joint_width: int, adaptation: str = "adapter") -> None:
-        kind = Projector if adaptation == "projector" else Adapter
+        kind = {"adapter": Adapter, "projector": Projector, "linear": nn.Linear}[adaptation]
         super().__init__([kind(width, joint_width) for _ in range(levels)])
 
     def train_only(self, trained: Sequence[int]) -> None:

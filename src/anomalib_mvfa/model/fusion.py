@@ -20,7 +20,12 @@ def value_range(values: torch.Tensor) -> torch.Tensor:
     return torch.stack(list(values.aminmax()))
 
 
-def fuse(zero: torch.Tensor, few: torch.Tensor | None, weights: Weights, ranges: torch.Tensor | None) -> torch.Tensor:
+def fuse(
+    zero: torch.Tensor | None,
+    few: torch.Tensor | None,
+    weights: Weights,
+    ranges: torch.Tensor | None,
+) -> torch.Tensor:
     """Fuse the branches' values, whatever their shape, into scores inside [0, 1].
 
     With ranges, the weighted sum u of the values scaled by their ranges is squashed by a strictly increasing function
@@ -28,7 +33,7 @@ def fuse(zero: torch.Tensor, few: torch.Tensor | None, weights: Weights, ranges:
     the weighted mean (paper, Eq. 6) over its largest possible value.
 
     Args:
-        zero: Probabilities in [0, 1].
+        zero: Probabilities in [0, 1], or None when the zero-shot branch has no weight.
         few: Distances in [0, 2] of the same shape, or None when the few-shot branch has no weight.
         weights: Weights of the branches.
         ranges: Lowest and highest value of each branch ``(2, 2)``: zero-shot, few-shot.
@@ -36,16 +41,13 @@ def fuse(zero: torch.Tensor, few: torch.Tensor | None, weights: Weights, ranges:
     Returns:
         Scores of the same shape, higher is more abnormal.
     """
+    branches = [(row, values) for row, values in enumerate((zero, few)) if values is not None]
     if ranges is None:
-        total = weights.zero * zero
-        if few is not None:
-            total = total + weights.few * few
-        return total / (weights.zero + MAX_DISTANCE * weights.few)
+        terms = [weights[row] * values for row, values in branches]
+        return sum(terms[1:], terms[0]) / (weights.zero + MAX_DISTANCE * weights.few)
 
     span = ranges[:, 1] - ranges[:, 0]
     span = torch.where(span > 0, span, torch.ones_like(span))
-    unit = weights.zero * (zero - ranges[0, 0]) / span[0]
-    if few is not None:
-        unit = unit + weights.few * (few - ranges[1, 0]) / span[1]
-    centred = 2 * unit / (weights.zero + weights.few) - 1
+    terms = [weights[row] * (values - ranges[row, 0]) / span[row] for row, values in branches]
+    centred = 2 * sum(terms[1:], terms[0]) / (weights.zero + weights.few) - 1
     return 0.5 + 0.5 * centred / (1 + centred.abs())

@@ -66,7 +66,16 @@ class MemoryBank(DynamicBufferMixin):
         tokens: Sequence[torch.Tensor],
         keep: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Mean over levels of every patch's distance to the bank.
+        """Mean over levels of every patch's distance to the bank, ``(B, P)``; see :meth:`level_distances`."""
+        return torch.stack(self.level_distances(branch, tokens, keep)).mean(dim=0)
+
+    def level_distances(
+        self,
+        branch: str,
+        tokens: Sequence[torch.Tensor],
+        keep: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """Every patch's distance to the bank, level by level.
 
         Args:
             branch: "seg" or "det".
@@ -74,7 +83,7 @@ class MemoryBank(DynamicBufferMixin):
             keep: Which support views ``(N,)`` to compare with, all by default.
 
         Returns:
-            Distances ``(B, P)``, float32.
+            Per level, distances ``(B, P)``, float32.
 
         Raises:
             RuntimeError: The branch's bank is empty.
@@ -88,5 +97,4 @@ class MemoryBank(DynamicBufferMixin):
             raise RuntimeError(msg)
         if keep is not None:
             bank = bank[:, keep]
-        levels = [nearest_distance(query[:, 1:], rows.flatten(0, 1)) for query, rows in zip(tokens, bank, strict=True)]
-        return torch.stack(levels).mean(dim=0)
+        return [nearest_distance(query[:, 1:], rows.flatten(0, 1)) for query, rows in zip(tokens, bank, strict=True)]

@@ -56,7 +56,7 @@ class TrainingOutput(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Adapter features of both branches: per level ``(B, L, E)``."""
+    """Features of both branches: per level ``(B, L, E)``."""
 
     seg: list[torch.Tensor]
     det: list[torch.Tensor]
@@ -65,11 +65,11 @@ class Tokens(NamedTuple):
 class BranchScores(NamedTuple):
     """Unfused scores at patch resolution: all that calibration needs to keep of an image.
 
-    ``logits`` is ``(B, l, P, 2)``, ``distance`` ``(B, P)``, ``zero`` and ``few`` ``(B,)``; the last three are None
-    when not in use.
+    ``logits`` is ``(B, l, P, 2)``, ``distance`` ``(B, P)``, ``zero`` and ``few`` ``(B,)``; each is None when not in
+    use.
     """
 
-    logits: torch.Tensor
+    logits: torch.Tensor | None
     distance: torch.Tensor | None
     zero: torch.Tensor | None
     few: torch.Tensor | None
@@ -154,10 +154,7 @@ class MvfaModel(nn.Module):
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.seg_adapters, self.det_adapters = (
-                BranchAdapters(len(self.levels), self.backbone.width, self.backbone.joint_width, adaptation)
-                for _ in BRANCHES
-            )
+            self.seg_adapters, self.det_adapters = (self._new_adapters(adaptation) for _ in BRANCHES)
         self.seg_adapters.train_only(self._trained)
         self.det_adapters.train_only(self._trained)
 
@@ -200,18 +197,8 @@ class MvfaModel(nn.Module):
         Raises:
             ValueError: The images have another size.
         """
-        if image.shape[-2] != self.image_size or image.shape[-1] != self.image_size:
-            msg = (
-                f"Images of {image.shape[-2]}x{image.shape[-1]} pixels reached a model of "
-                f"image_size={self.image_size}. Leave pre_processor at its default, or let it resize to image_size."
-            )
-            raise ValueError(msg)
-        image = image.clamp(0, 1)
-        if self.normalize:
-            image = (image - self.backbone.mean) / self.backbone.std
-
         tokens = Tokens([], [])
-        x = self.backbone.embed(image)  # (B, L, D)
+        x = self._embed(image)  # (B, L, D)
         for block in range(1, self.levels[-1] + 1):
             x = self.backbone.block(block - 1, x)
             if block in self.levels:
@@ -227,6 +214,28 @@ class MvfaModel(nn.Module):
                     x = add_to_stream(x, to_stream_seg, to_stream_det, self.residual_ratio, self.residual)
         return tokens
 
+    @property
+    def scored_levels(self) -> list[int]:
+        """Blocks (from 1) of the levels that are scored."""
+        return [self.levels[position] for position in self._scored]
+
+    def frozen_tokens(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """Run the backbone alone.
+
+        Args:
+            image: As for :meth:`tokens`.
+
+        Returns:
+            Per level, the stream ``(B, L, D)`` that no adapter has touched.
+        """
+        frozen = []
+        x = self._embed(image)  # (B, L, D)
+        for block in range(1, self.levels[-1] + 1):
+            x = self.backbone.block(block - 1, x)
+            if block in self.levels:
+                frozen.append(x)
+        return frozen
+
     def branch_scores(
         self,
         tokens: Tokens,
@@ -241,39 +250,69 @@ class MvfaModel(nn.Module):
             keep: Which support views ``(N,)`` of the bank count, all by default.
         """
         scoring = self.scoring
-        of_map = self._scored_tokens(tokens, scoring.map_branch)
-        logits = torch.stack([patch_logits(level, text_features) for level in of_map], dim=1)  # (B, l, P, 2)
+        logits = self._logits(tokens, scoring.map_branch, text_features)
         distance = zero = few = None
         if scoring.weights.few > 0:
-            distance = self.bank.distance(scoring.map_branch, of_map, keep)
+            distance = self.bank.distance(scoring.map_branch, self._scored_tokens(tokens, scoring.map_branch), keep)
         if scoring.image_score != "map_max":
-            of_det = self._scored_tokens(tokens, "det")
             pooling = scoring.image_score.removeprefix("det_")
-            scores = [pool_patches(patch_logits(level, text_features).softmax(-1)[..., 1], pooling) for level in of_det]
-            zero = torch.stack(scores).mean(dim=0)
+            of_det = logits if scoring.map_branch == "det" else self._logits(tokens, "det", text_features)
+            if of_det is not None:
+                scores = [pool_patches(level.softmax(-1)[..., 1], pooling) for level in of_det.unbind(1)]
+                zero = torch.stack(scores).mean(dim=0)
             if distance is not None:
-                far = distance if scoring.map_branch == "det" else self.bank.distance("det", of_det, keep)
+                far = distance
+                if scoring.map_branch != "det":
+                    far = self.bank.distance("det", self._scored_tokens(tokens, "det"), keep)
                 far = upsample(to_grid(far.unsqueeze(-1)), self.image_size).flatten(1)
                 few = pool_patches(far, pooling)
         return BranchScores(logits, distance, zero, few)
 
-    def maps(self, scores: BranchScores) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the zero-shot and the few-shot map ``(B, H, W)`` before fusion; the latter None when not in use."""
-        levels = [state_probabilities(level, self.image_size, self.upsample)[:, 1] for level in scores.logits.unbind(1)]
-        zero = torch.stack(levels).mean(dim=0)
-        if scores.distance is None:
-            return zero, None
-        return zero, upsample(to_grid(scores.distance.unsqueeze(-1)), self.image_size).squeeze(1)
+    def maps(self, scores: BranchScores) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return the zero-shot and the few-shot map ``(B, H, W)`` before fusion; None when not in use."""
+        zero = few = None
+        if scores.logits is not None:
+            levels = [
+                state_probabilities(level, self.image_size, self.upsample)[:, 1] for level in scores.logits.unbind(1)
+            ]
+            zero = torch.stack(levels).mean(dim=0)
+        if scores.distance is not None:
+            few = upsample(to_grid(scores.distance.unsqueeze(-1)), self.image_size).squeeze(1)
+        return zero, few
 
     def fuse(self, scores: BranchScores) -> InferenceBatch:
         """Fuse the branches into ``anomaly_map`` ``(B, H, W)`` and ``pred_score`` ``(B,)``, both inside [0, 1]."""
         map_ranges, score_ranges = self.ranges if self.scoring.ranged else (None, None)
         anomaly_map = fuse(*self.maps(scores), self.scoring.weights, map_ranges)
-        if scores.zero is None:
+        if self.scoring.image_score == "map_max":
             pred_score = anomaly_map.amax(dim=(-2, -1))
         else:
             pred_score = fuse(scores.zero, scores.few, self.scoring.weights, score_ranges)
         return InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map)
+
+    @torch.no_grad()
+    def level_maps(self, image: torch.Tensor) -> torch.Tensor:
+        """Score images by each level alone (paper, Figure 4).
+
+        Args:
+            image: As for :meth:`forward`.
+
+        Returns:
+            Anomaly maps ``(B, l, H, W)`` of the scored levels, each fused with the weights and ranges of the whole.
+        """
+        scoring, tokens, distances = self.scoring, self.tokens(image), None
+        logits = self._logits(tokens, scoring.map_branch, self.text_features)
+        if scoring.weights.few > 0:
+            of_map = self._scored_tokens(tokens, scoring.map_branch)
+            distances = self.bank.level_distances(scoring.map_branch, of_map)
+        ranges = self.ranges[0] if scoring.ranged else None
+        maps = []
+        for level in range(len(self._scored)):
+            of_texts = logits[:, [level]] if logits is not None else None
+            of_bank = distances[level] if distances is not None else None
+            branches = self.maps(BranchScores(of_texts, of_bank, zero=None, few=None))
+            maps.append(fuse(*branches, scoring.weights, ranges))
+        return torch.stack(maps, dim=1)
 
     def encode_states(
         self,
@@ -364,13 +403,42 @@ class MvfaModel(nn.Module):
         seg_maps, det_scores = [], []
         for position in self._trained:
             if with_seg:
-                logits = patch_logits(tokens.seg[position], text_features)
+                logits = patch_logits(self._joint_tokens(tokens, "seg", position), text_features)
                 seg_maps.append(state_probabilities(logits, self.image_size, self.upsample))
-            probability = patch_logits(tokens.det[position], text_features).softmax(dim=-1)[..., 1]  # (B, P)
-            det_scores.append(pool_patches(probability, self.pooling))
+            logits = patch_logits(self._joint_tokens(tokens, "det", position), text_features)
+            det_scores.append(pool_patches(logits.softmax(dim=-1)[..., 1], self.pooling))
         return TrainingOutput(seg_maps, det_scores)
 
+    def _new_adapters(self, adaptation: str) -> BranchAdapters:
+        """Adapters of one branch."""
+        return BranchAdapters(len(self.levels), self.backbone.width, self.backbone.joint_width, adaptation)
+
+    def _embed(self, image: torch.Tensor) -> torch.Tensor:
+        """Tokens ``(B, L, D)`` that enter the first block."""
+        if image.shape[-2] != self.image_size or image.shape[-1] != self.image_size:
+            msg = (
+                f"Images of {image.shape[-2]}x{image.shape[-1]} pixels reached a model of "
+                f"image_size={self.image_size}. Leave pre_processor at its default, or let it resize to image_size."
+            )
+            raise ValueError(msg)
+        image = image.clamp(0, 1)
+        if self.normalize:
+            image = (image - self.backbone.mean) / self.backbone.std
+        return self.backbone.embed(image)
+
+    def _joint_tokens(self, tokens: Tokens, branch: str, position: int) -> torch.Tensor:
+        """Features ``(B, L, E)`` of a level that are compared with texts: those that the bank holds, too."""
+        return getattr(tokens, branch)[position]
+
+    def _logits(self, tokens: Tokens, branch: str, text_features: torch.Tensor) -> torch.Tensor | None:
+        """Patch logits ``(B, l, P, 2)`` of the scored levels; None from a model without texts."""
+        return torch.stack(
+            [patch_logits(self._joint_tokens(tokens, branch, position), text_features) for position in self._scored],
+            dim=1,
+        )
+
     def _scored_tokens(self, tokens: Tokens, branch: str) -> list[torch.Tensor]:
+        """Per scored level, the features that the bank holds or is compared with."""
         levels = getattr(tokens, branch)
         return [levels[position] for position in self._scored]
 

@@ -1,0 +1,99 @@
+"""How long jobs may take: from jobs of the same method that have finished, or else from one timed forward pass."""
+
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from .job import job_arguments
+from .plan import Job
+from .results import Row
+from .weights import build_model
+
+TRAINING_PASSES = 3
+"""Cost of a training image in forward passes: forward, and backward twice as much."""
+
+
+class Estimate:
+    """Seconds that jobs may take.
+
+    Args:
+        jobs: Of the comparison.
+        run: Its folder; what has finished there is learnt from.
+        probe: Time a forward pass of methods of which no job has finished.
+    """
+
+    def __init__(self, jobs: list[Job], run: Path, probe: bool = False) -> None:
+        self._probe = probe
+        self._took: dict[tuple[str, str], list[float]] = {}
+        self._passes: dict[str, tuple[float, float] | None] = {}
+        for job in jobs:
+            if row := job.ended(run):
+                self.learn(row)
+
+    def learn(self, row: Row) -> None:
+        """Learn from a job that has ended."""
+        if row.error is None:
+            self._took.setdefault((row.method, row.category), []).append(row.seconds["job"])
+
+    def seconds(self, job: Job) -> float | None:
+        """Return what a job may take, None if nothing is known."""
+        same = self._took.get((job.name, job.category)) or [
+            seconds for (name, _), took in self._took.items() if name == job.name for seconds in took
+        ]
+        if same:
+            return mean(same)
+        return self._probed(job) if self._probe else None
+
+    def left(self, jobs: list[Job]) -> float:
+        """Return what jobs may take together; those of unknown methods as much as the mean of the others."""
+        known = [seconds for took in self._took.values() for seconds in took]
+        guess = mean(known) if known else 0.0
+        return sum(guess if (seconds := self.seconds(job)) is None else seconds for job in jobs)
+
+    def _probed(self, job: Job) -> float | None:
+        """Return what the images of a job take, by the time of one forward pass of its model."""
+        datamodule = job.datamodule()
+        datamodule.setup()
+        if job.name not in self._passes:
+            self._passes[job.name] = _forward(job, datamodule)
+        passes = self._passes[job.name]
+        if passes is None:
+            return None
+        seconds, epochs = passes
+        return seconds * (len(datamodule.test_data) + epochs * len(datamodule.train_data))
+
+
+def _forward(job: Job, datamodule: Any) -> tuple[float, float] | None:  # noqa: ANN401  # a protocol's datamodule
+    """Return seconds of a forward pass, and how often as much a training image takes in all epochs."""
+    given = {name: value for name, value in job.method.model.get("init_args", {}).items() if name != "pre_trained"}
+    try:  # on random weights, which need no download and take as long
+        model, _ = build_model({**job.method.model, "init_args": given}, None, **job_arguments(job, datamodule))
+    except ValueError:  # a model that takes no weights
+        return None
+    size = model.input_size or (240, 240)
+    device = torch.device("cuda" if torch.cuda.is_available() and job.accelerator != "cpu" else "cpu")
+    torch_model = model.model.to(device)
+    epochs = job.method.trainer.get("max_epochs") or model.trainer_arguments.get("max_epochs")
+    epochs = epochs or model.hparams.get("max_epochs", 1)
+    learns = any(parameter.requires_grad for parameter in torch_model.parameters()) and epochs > 1
+    image = torch.rand(1, 3, *size, device=device)
+    try:
+        with torch.no_grad():
+            torch_model.train()  # few models can score before they are fitted
+            torch_model(image)
+            start = time.perf_counter()
+            torch_model(image)
+    except Exception:  # noqa: BLE001  # a model that needs more than an image: nothing is known of it
+        return None
+    return time.perf_counter() - start, epochs * (TRAINING_PASSES if learns else 1)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words: ``42 s``, ``7 min``, ``3 h 20 min``."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,174 @@
+"""One job: what it measures and keeps, and that it equals what anomalib's command line does."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from anomalib.cli.cli import AnomalibCLI
+from anomalib.pipelines.components import Job as PipelineJob
+from lightning import seed_everything
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from anomalib_mvfa.compare.job import SIDE, CompareJob, Memory
+from anomalib_mvfa.compare.results import Features, Pictures, read_row, read_rows
+from anomalib_mvfa.intervals import Scores
+
+
+@pytest.fixture
+def finished(comparison, tmp_path):
+    """Return a function that runs one job of a comparison and returns its row and folder."""
+
+    def finish(method, category="Brain", **changes):
+        job = next(job for job in comparison(**changes).jobs() if (job.name, job.category) == (method, category))
+        row = CompareJob(job, tmp_path / "run").run()
+        return row, tmp_path / "run" / "jobs" / job.folder
+
+    return finish
+
+
+def test_patchcore_equals_anomalibs_command_line(finished, two_categories, tmp_path):
+    row, _ = finished("PatchCore")
+    options = {
+        "--model": "Patchcore",
+        "--model.backbone": "resnet18",
+        "--model.pre_trained": "false",
+        "--model.post_processor": "anomalib_mvfa.evaluation.OrderKeepingPostProcessor",
+        "--model.evaluator": "anomalib_mvfa.evaluation.metrics",
+        "--model.visualizer": "false",
+        "--data": "BMADFewShot",
+        "--data.root": two_categories,
+        "--data.k_shot": 2,
+        "--data.abnormal_shots": 0,
+        "--data.train_batch_size": 2,
+        "--data.num_workers": 0,
+        "--trainer.accelerator": "cpu",
+        "--default_root_dir": tmp_path / "cli",
+    }
+    seed_everything(0, workers=True, verbose=False)  # anomalib 2.7 takes --seed_everything and ignores it
+    cli = AnomalibCLI(["train", *(str(part) for option in options.items() for part in option)])
+    expected = {name: float(value) for name, value in cli.engine.trainer.callback_metrics.items() if "_" in name}
+    assert row.error is None
+    assert set(row.metrics) == {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPRO", "pixel_F1Score"}
+    assert row.metrics == pytest.approx({name: expected[name] for name in row.metrics}, abs=1e-6)
+
+
+def test_metrics_are_those_of_the_raw_scores(finished):
+    row, folder = finished("PatchCore")
+    scores = Scores.load(folder / "scores.npz")
+    assert max(scores.values) > 1  # distances, not yet normalised
+    assert row.metrics["image_AUROC"] == pytest.approx(roc_auc_score(scores.labels, scores.values), abs=1e-6)
+
+
+def test_a_row_says_where_it_comes_from(finished):
+    row, folder = finished("MVFA")
+    assert row == read_row(folder.parents[1], row.job)
+    assert (row.method, row.protocol, row.category, row.k_shot, row.seed) == ("MVFA", "few_shot", "Brain", 2, 0)
+    assert row.images == {"train": 44, "validate": 4, "test": 6}
+    assert (row.random_weights, row.weights) == (True, "random")
+    assert row.seconds["job"] > row.seconds["fit"] > row.seconds["image"] > 0
+    assert row.parameters["all"] > row.parameters["trained"] > 0
+    assert 100 < row.memory_mb < 20000
+    assert row.device.startswith("CPU")
+    assert {"anomalib", "torch", "anomalib-mvfa"} <= set(row.versions)
+    other, _ = finished("PatchCore")
+    assert other.test_set == row.test_set
+    assert other.parameters["trained"] == 0
+    assert finished("MVFA", "Chest")[0].test_set != row.test_set
+
+
+def test_pictures_are_the_same_images_for_every_method_with_maps_of_each(finished):
+    _, folder = finished("MVFA")
+    mvfa = Pictures.load(folder / "pictures.npz")
+    patchcore = Pictures.load(finished("PatchCore")[1] / "pictures.npz")
+    assert mvfa.paths == patchcore.paths
+    assert mvfa.labels == [0, 1, 1, 1]
+    np.testing.assert_array_equal(mvfa.images, patchcore.images)
+    np.testing.assert_array_equal(mvfa.masks, patchcore.masks)
+    assert mvfa.masks.any(axis=(1, 2)).tolist() == [False, True, True, True]
+    with Image.open(mvfa.paths[0]) as image:
+        expected = np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(mvfa.images[0], expected)
+    assert mvfa.maps.shape == (4, SIDE, SIDE)
+    assert not np.allclose(mvfa.maps, patchcore.maps)
+    assert mvfa.levels == [1, 2, 3, 4]
+    assert mvfa.level_maps.shape == (4, 4, SIDE, SIDE)
+    assert patchcore.levels == []
+
+
+def test_data_without_masks_have_maps_all_the_same(finished):
+    row, folder = finished("MVFA", "Chest")
+    assert set(row.metrics) == {"image_AUROC", "image_F1Score"}
+    pictures = Pictures.load(folder / "pictures.npz")
+    assert pictures.masks is None
+    assert pictures.maps.std(axis=(1, 2)).min() > 0
+
+
+def test_features_are_kept_of_mvfa_and_the_first_seed_alone(finished):
+    _, folder = finished("MVFA", seeds=[1, 2])
+    features = Features.load(folder / "features.npz")
+    assert sorted(features.labels) == [0, 0, 0, 1, 1, 1]
+    assert features.frozen.shape == (6, 4 * 128)  # levels and width
+    assert features.adapted.shape == (6, 4 * 24)  # levels and joint width
+    assert not np.allclose(features.frozen[:, :128], features.frozen[:, 128:256])
+    assert not (finished("PatchCore")[1] / "features.npz").exists()
+
+
+def test_a_failure_is_a_row_and_leaves_its_traceback(finished, tmp_path):
+    broken = {
+        "protocol": "few_normal",
+        "model": {"class_path": "Patchcore", "init_args": {"backbone": "resnet18", "pre_trained": False}},
+        "trainer": {"max_steps": "many"},
+    }
+    row, folder = finished("broken", methods={"broken": broken})
+    assert row.error
+    assert "\n" not in row.error
+    assert row.metrics == {}
+    assert "Traceback" in (folder / "error.txt").read_text()
+    assert json.loads((folder / "row.json").read_text())["error"] == row.error
+    assert read_rows(tmp_path / "run") == [row]
+    assert sorted(path.name for path in folder.iterdir()) == ["error.txt", "row.json"]
+
+
+def test_what_was_cut_short_is_no_result(finished, tmp_path, monkeypatch):
+    def stop(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("anomalib_mvfa.compare.job.write_row", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finished("PatchCore")
+    assert list((tmp_path / "run" / "jobs").iterdir()) == []
+
+
+def test_too_many_shots_are_this_jobs_error(finished):
+    row, _ = finished("MVFA", k_shots=[9])
+    assert row.error.startswith("ValueError: k_shot=9 is too large: Brain has 4 normal validation images")
+
+
+def test_arguments_that_a_job_sets_follow_its_data_and_shots(comparison, tmp_path, monkeypatch):
+    seen = {}
+
+    def built(model, weights, **defaults):
+        seen.update(defaults)
+        raise RuntimeError
+
+    monkeypatch.setattr("anomalib_mvfa.compare.job.build_model", built)
+    (job,) = [job for job in comparison(seeds=[3]).jobs() if job.folder == "MVFA-Chest-k2-s3"]
+    CompareJob(job, tmp_path).run()
+    assert seen == {"seed": 3, "k_shot": 2, "class_name": "Chest X-ray film"}
+
+
+def test_a_job_is_one_of_anomalibs_pipelines(comparison, tmp_path):
+    job = CompareJob(comparison().jobs()[0], tmp_path)
+    assert isinstance(job, PipelineJob)
+    row = job.job.row()
+    assert CompareJob.collect([row, row]).method.tolist() == ["PatchCore", "PatchCore"]
+
+
+def test_memory_is_the_peak_since_its_making():
+    memory = Memory()
+    before = memory.peak(torch.device("cpu"))
+    block = np.ones(200 * 2**17)  # 200 MiB
+    del block
+    assert memory.peak(torch.device("cpu")) >= before + 190
