@@ -106,7 +106,7 @@ def test_nothing_is_trained_and_no_text_encoded(model, monkeypatch):
 )
 def test_a_fit_is_one_epoch_that_builds_the_bank(make, few_shot, engine, monkeypatch, caplog, category, settings):
     monkeypatch.delattr("anomalib_mvfa.model.backbone.ClipBackbone.encode_text")
-    model, runner = make(), engine()
+    model, runner = make(), engine(max_epochs=3)
     before = {key: value.clone() for key, value in model.state_dict().items() if "bank" not in key}
     with caplog.at_level(logging.WARNING, logger="anomalib.mvfa"):
         runner.fit(model, datamodule=few_shot(category))
