@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from anomalib_mvfa.compare.plan import Comparison, ended_rows
+from anomalib_mvfa.compare.plan import Comparison
 from anomalib_mvfa.compare.results import write_row, writing
 from anomalib_mvfa.data import FewShot, FullNormal, LeaveOneOut
 
@@ -116,18 +116,13 @@ def test_names_of_folders_are_plain_and_stay_apart(comparison):
     assert not [folder for folder in folders if set(folder) & set("/ <>") or folder.startswith(".")]
 
 
-def test_rows_of_a_changed_comparison_do_not_count(comparison, tmp_path):
-    plan = comparison(categories=["Brain"])
-    plan.save(tmp_path / "config.yaml")
-    for job in plan.jobs():
+def test_a_job_has_finished_once_its_own_row_is_there(comparison, tmp_path):
+    job, *_ = comparison().jobs()
+    assert job.finished(tmp_path) is None
+    for changes, counts in (({}, True), ({"error": "ValueError"}, False), ({"digest": "another"}, False)):
         with writing(tmp_path, job.folder) as folder:
-            write_row(folder, job.row())
-    assert [row.job for row in ended_rows(tmp_path)] == [job.folder for job in plan.jobs()]
-    plan.methods["PatchCore"].data["train_batch_size"] = 1
-    plan.save(tmp_path / "config.yaml")
-    assert [row.method for row in ended_rows(tmp_path)] == ["MVFA"]
-    with pytest.raises(FileNotFoundError, match="holds no comparison"):
-        ended_rows(tmp_path / "elsewhere")
+            write_row(folder, replace(job.row(), **changes))
+        assert (job.finished(tmp_path) is not None) == counts
 
 
 MISTAKES = {

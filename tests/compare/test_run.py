@@ -196,6 +196,18 @@ def test_remains_of_a_killed_run_are_cleared_away(comparison, done, tmp_path):
     assert sorted(path.name for path in (tmp_path / "jobs").iterdir()) == [job.folder for job in plan.jobs()][::-1]
 
 
+def test_results_of_a_changed_job_are_put_aside(comparison, done, tmp_path):
+    plan = comparison(categories=["Chest"])
+    (before, _) = run.compare(plan, tmp_path)
+    plan.methods["PatchCore"].data["train_batch_size"] = 1
+    done.clear()
+    run.compare(plan, tmp_path)
+    assert done == [before.job]
+    kept = tmp_path / "superseded" / f"{before.job}-{before.digest[:8]}"
+    assert (kept / "row.json").is_file()
+    assert [row.job for row in read_rows(tmp_path)] == ["MVFA-Chest-k2-s0", "PatchCore-Chest-k2-s0"]
+
+
 def test_jobs_run_on_a_cluster(comparison, tmp_path):
     pytest.importorskip("submitit")
     plan = comparison(categories=["Chest"], cluster={"cluster": "local", "timeout_min": 5})

@@ -32,7 +32,7 @@ class Estimate:
         self._took: dict[tuple[str, str], list[float]] = {}
         self._passes: dict[str, tuple[float, float] | None] = {}
         for job in jobs:
-            if row := job.ended(run):
+            if row := job.finished(run):
                 self.learn(row)
 
     def learn(self, row: Row) -> None:
@@ -88,7 +88,8 @@ def _forward(job: Job, datamodule: Any) -> tuple[float, float] | None:  # noqa: 
 @torch.no_grad()
 def _pass(model: Any, image: torch.Tensor) -> float | None:  # noqa: ANN401  # any torch model
     """Return seconds of a forward pass; of the backbone alone where a model can't run before it is fitted."""
-    for run in (model, getattr(model, "tokens", None), getattr(model, "encode_image", None)):
+    parts = [getattr(model, name) for name in ("tokens", "encode_image") if hasattr(model, name)]
+    for run in (model, *parts):
         took = []
         try:
             for _ in range(PASSES):

@@ -32,7 +32,7 @@ from ..intervals import ScoreRecorder
 from ..model.torch_model import MvfaModel
 from ..provenance import commit, device_name, versions
 from .plan import Job
-from .results import Features, Pictures, Row, read_rows, write_row, writing
+from .results import Features, Pictures, Row, write_row, writing
 from .weights import build_model
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
@@ -93,11 +93,6 @@ def write_failure(job: Job, run: Path, error: BaseException, details: str = "") 
         (folder / "error.txt").write_text(details or row.error, "utf-8")
         write_row(folder, row)
     return row
-
-
-def finished_rows(run: Path) -> list[Row]:
-    """Return the rows of all jobs that a run has finished, of whatever comparison."""
-    return [row for row in read_rows(run) if row.error is None]
 
 
 def _train_and_test(job: Job, folder: Path, gpu: int | None) -> Row:

@@ -242,10 +242,10 @@ class Job:
             digest=self.digest,
         )
 
-    def ended(self, run: Path) -> Row | None:
-        """Return the row that the job has left in a run, if it has: of this very job, and not of a changed one."""
+    def finished(self, run: Path) -> Row | None:
+        """Return the row that the job has left in a run, if it has finished: this very job, and not another version."""
         row = read_row(run, self.folder)
-        return row if row is not None and row.digest == self.digest else None
+        return row if row is not None and row.error is None and row.digest == self.digest else None
 
     def datamodule(self) -> AnomalibDataModule:
         """Return the data to learn from and to test on; the tested images are the same for every protocol."""
@@ -266,20 +266,6 @@ class Job:
         if self.method.protocol == "few_shot":
             return FewShot(source, **split, **arguments)
         return FewShot(source, abnormal_shots=0, **split, **{"train_batch_size": self.split_shots, **arguments})
-
-
-def ended_rows(run: Path) -> list[Row]:
-    """Return the rows that a run's comparison has so far, in the order of its jobs.
-
-    Raises:
-        FileNotFoundError: The folder holds no comparison.
-    """
-    config = run / "config.yaml"
-    if not config.is_file():
-        msg = f"{run} holds no comparison: there is no {config.name}. Give the folder that `compare` wrote (output)."
-        raise FileNotFoundError(msg)
-    rows = [job.ended(run) for job in Comparison.load(config).jobs()]
-    return [row for row in rows if row is not None]
 
 
 def _datamodule(mapping: Mapping[str, Any]) -> AnomalibDataModule:

@@ -1,11 +1,13 @@
 """A report of a comparison: one self-contained page, its tables in Markdown, and a line a job as CSV."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
 
 import pandas as pd
+from jsonargparse import ArgumentParser
 
 from .page import notices, percent, protocol, render
 from .paper import PaperTable, paper_table
@@ -48,6 +50,27 @@ def report(run: Path, resamples: int = 1000) -> Path:
         partial.write_text(text, "utf-8")
         partial.replace(folder / name)
     return folder / "index.html"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse the command line, and report.
+
+    Args:
+        arguments: Of the command line.
+
+    Returns:
+        Exit code.
+    """
+    parser = ArgumentParser(prog="anomalib-mvfa report", description="Write a comparison's report anew.")
+    parser.add_argument("run", type=Path, help="Folder that `compare` wrote.")
+    parser.add_argument("--resamples", type=int, default=1000, help="Of the bootstrap over test images.")
+    options = parser.parse_args(list(arguments))
+    try:
+        page = report(options.run, options.resamples)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    sys.stdout.write(f"{page}\n")
+    return 0
 
 
 def _csv(rows: Sequence[Row]) -> str:

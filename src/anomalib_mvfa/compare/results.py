@@ -2,11 +2,12 @@
 
 .. code-block:: text
 
-    RUN/config.yaml              the comparison, as it was asked for
+    RUN/config.yaml              the comparison, as it was asked for last
     RUN/jobs/<job>/row.json      the job's row; the last file that is written
     RUN/jobs/<job>/scores.npz    what every test image scored, see `anomalib_mvfa.intervals.Scores`
     RUN/jobs/<job>/pictures.npz  some test images and their maps, see `Pictures`
     RUN/jobs/<job>/features.npz  features with and without adapters, see `Features`; of MVFA only
+    RUN/superseded/              folders of jobs that have been asked for otherwise since
 """
 
 import json
@@ -171,6 +172,14 @@ def writing(run: Path, job: str) -> Iterator[Path]:
         partial.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def supersede(run: Path, row: Row) -> None:
+    """Put a job's folder aside, for a job of the same name that asks for something else."""
+    target = run / "superseded" / f"{row.job}-{row.digest[:8]}"
+    target.parent.mkdir(exist_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    job_folder(run, row.job).replace(target)
 
 
 def write_row(folder: Path, row: Row) -> None:

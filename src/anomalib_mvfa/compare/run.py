@@ -25,7 +25,7 @@ from .estimate import Estimate, duration
 from .job import CompareJob, write_failure
 from .plan import Comparison, Job
 from .report import report
-from .results import Row
+from .results import Row, read_row, supersede
 
 OVERRIDES = {
     "categories": list[str],
@@ -40,7 +40,8 @@ OVERRIDES = {
 def compare(comparison: Comparison, output: Path, workers: int | None = None) -> list[Row]:
     """Run the jobs of a comparison that have not finished yet, and write the report.
 
-    A job that has finished is never run again, unless it was changed; one that has failed is.
+    A job that has finished is never run again; one that has failed is, and so is one that asks for something else now,
+    whose earlier results are put aside.
 
     Args:
         comparison: What to compare.
@@ -59,8 +60,12 @@ def compare(comparison: Comparison, output: Path, workers: int | None = None) ->
     workers = workers or max(gpus, 1)
     with _alone_in(output):
         comparison.save(output / "config.yaml")
-        rows = {job.folder: row for job in jobs if (row := job.ended(output)) and row.error is None}
+        rows = {job.folder: row for job in jobs if (row := job.finished(output))}
         missing = [job for job in jobs if job.folder not in rows]
+        for job in missing:
+            earlier = read_row(output, job.folder)
+            if earlier is not None and earlier.digest != job.digest:
+                supersede(output, earlier)
         if rows and missing:
             Console().print(f"{len(rows)} of {len(jobs)} jobs have finished before.")
         if missing:
@@ -123,8 +128,7 @@ def _list(comparison: Comparison, output: Path) -> None:
     width = max(len(job.folder) for job in jobs)
     total = 0.0
     for job in jobs:
-        row = job.ended(output)
-        if row is not None and row.error is None:
+        if row := job.finished(output):
             status = f"finished, took {duration(row.seconds['job'])}"
         else:
             seconds = estimate.seconds(job)

@@ -1,0 +1,129 @@
+"""Every comparison in configs/compare, run as it is but for small data, small backbones and one epoch."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from anomalib_mvfa.compare import run
+from anomalib_mvfa.compare.job import CompareJob
+from anomalib_mvfa.compare.paper import paper_table
+from anomalib_mvfa.compare.plan import WITH_SHOTS, Comparison
+from anomalib_mvfa.data.phantom import write_phantom
+from recipe import TINY, write_config
+
+CONFIGS = sorted(Path(__file__).parents[2].joinpath("configs", "compare").glob("*.yaml"))
+BLOCKS = {6: 1, 12: 2, 18: 3, 24: 4}
+CNN = {"backbone": "resnet18"}
+SMALL = {
+    "AnomalyDINO": {"encoder_name": "vit_small_patch14_dinov2"},
+    "AprilGan": {"backbone": "tiny.json", "image_size": 56, "max_epochs": 1},
+    "Cflow": {**CNN, "layers": ["layer3"], "coupling_blocks": 1},
+    "Clip": {"backbone": "tiny.json", "image_size": 56},
+    "FoundAD": {"encoder_name": "dinov2_vit_small_14", "image_size": 56, "pred_depth": 1},
+    "Mvfa": {"backbone": "tiny.json", "image_size": 56, "max_epochs": 1},
+    "Patchcore": {**CNN, "layers": ["layer3"]},
+    "ReverseDistillation": CNN,
+    "WinClipBaseline": {"backbone": "tiny.json"},
+}
+"""Arguments that make models small."""
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """Return a folder with data where the configs look for them: every category of BMAD and of MVTec AD, and own."""
+    root = tmp_path_factory.mktemp("workspace")
+    write_config(root / "tiny.json", TINY)
+    write_phantom(root / "slices", size=32, train=2, valid=3, test=5)
+    slices = root / "slices" / "Brain"
+    write_phantom(root / "others", seed=1, size=32, train=2, valid=3, test=5)
+    others = root / "others" / "Brain"
+    for name, source in (("Brain", slices), ("Liver", slices), ("Retina_RESC", others)):
+        shutil.copytree(source, root / "datasets" / "BMAD" / name)
+    for name in ("Chest", "Retina_OCT2017", "Histopathology"):
+        shutil.copytree(others, root / "datasets" / "BMAD" / name, ignore=shutil.ignore_patterns("label"))
+    (root / "datasets" / "bmad_mini").symlink_to(root / "datasets" / "BMAD")
+    for category in ("bottle", "screw"):
+        copy(slices.glob("train/good/img/*"), root / "datasets" / "MVTecAD" / category / "train" / "good")
+        for split in ("valid", "test"):
+            target = root / "datasets" / "MVTecAD" / category
+            copy(slices.glob(f"{split}/good/img/*"), target / "test" / "good", split)
+            copy(slices.glob(f"{split}/Ungood/img/*"), target / "test" / "broken", split)
+            copy(slices.glob(f"{split}/Ungood/label/*"), target / "ground_truth" / "broken", split, "_mask")
+    own = root / "datasets" / "own"
+    for folder, patients, kind in (
+        ("normal", 10, "good/img"),
+        ("abnormal", 50, "Ungood/img"),
+        ("masks", 50, "Ungood/label"),
+    ):
+        for index, path in enumerate(sorted(slices.glob(f"*/{kind}/*"))):
+            (own / folder).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, own / folder / f"p{patients + index // 2}_{index:02d}.png")
+    return root
+
+
+def copy(paths, target, prefix="", suffix=""):
+    target.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        shutil.copy(path, target / f"{prefix}{path.stem}{suffix}.png")
+
+
+def small(path):
+    """Return a comparison with small models and two categories, one with masks and one without where there are both."""
+    config = yaml.safe_load(path.read_text())
+    wanted = ("Brain", "Chest", "bottle", "screw")
+    if config.get("categories"):
+        config["categories"] = [name for name in config["categories"] if name in wanted]
+    config["k_shots"] = [1, 2] if len(config.get("k_shots", [4])) > 1 else [1]
+    config["seeds"] = config["seeds"][:1]
+    config["weights"] = dict.fromkeys(config["methods"])  # random ones
+    config["accelerator"] = "cpu"
+    config["data"]["init_args"]["num_workers"] = 0
+    for method in config["methods"].values():
+        model = method["model"]
+        arguments = model.setdefault("init_args", {})
+        arguments.update(SMALL[model["class_path"]])
+        for name in ("train_levels", "score_levels"):
+            if name in arguments:
+                arguments[name] = [BLOCKS[block] for block in arguments[name]]
+        if "max_epochs" in method.get("trainer", {}):
+            method["trainer"]["max_epochs"] = 1
+    return Comparison(**config)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_comparison_runs(path, workspace, tmp_path, monkeypatch):
+    monkeypatch.chdir(workspace)
+    monkeypatch.setattr(
+        run, "_on_this_machine", lambda jobs, output, *_: (CompareJob(job, output).run() for job in jobs)
+    )
+    plan = small(path)
+    rows = run.compare(plan, tmp_path)
+    assert {row.job: row.error for row in rows if row.error} == {}
+    assert {row.method for row in rows} == set(plan.methods)
+    for row in rows:
+        has_masks = row.category not in {"Chest", "Histopathology", "Retina_OCT2017"}
+        assert ("pixel_AUROC" in row.metrics) == has_masks
+        assert row.random_weights
+    by_category = {(row.category, row.k_shot if plan.group_by else None): set() for row in rows}
+    for row in rows:
+        by_category[row.category, row.k_shot if plan.group_by else None].add(row.test_set)
+    assert all(len(test_sets) == 1 for test_sets in by_category.values())
+    page = run.report(tmp_path).read_text()
+    assert plan.title in page or plan.title.replace("&", "&amp;") in page
+
+
+def test_a_papers_methods_are_called_as_in_the_paper():
+    named = 0
+    for path in CONFIGS:
+        plan = Comparison.load(path)
+        if plan.paper is None:
+            continue
+        table = paper_table(plan.paper)
+        for name, method in plan.methods.items():
+            for k_shot in plan.k_shots if method.protocol in WITH_SHOTS else [None]:
+                values = table._values("image", name, method.protocol, k_shot)
+                assert values or (plan.paper, name) == ("figure3", "APRIL-GAN"), (path.stem, name)
+                named += bool(values)
+    assert named == 7 + 3 + 3 + 2 + 9 + 4
