@@ -35,9 +35,9 @@ def workspace(tmp_path_factory):
     """Return a folder with data where the configs look for them: every category of BMAD and of MVTec AD, and own."""
     root = tmp_path_factory.mktemp("workspace")
     write_config(root / "tiny.json", TINY)
-    write_phantom(root / "slices", size=32, train=2, valid=3, test=5)
+    write_phantom(root / "slices", size=32, train=2, valid=3, test=3)
     slices = root / "slices" / "Brain"
-    write_phantom(root / "others", seed=1, size=32, train=2, valid=3, test=5)
+    write_phantom(root / "others", seed=1, size=32, train=2, valid=3, test=3)
     others = root / "others" / "Brain"
     for name, source in (("Brain", slices), ("Liver", slices), ("Retina_RESC", others)):
         shutil.copytree(source, root / "datasets" / "BMAD" / name)
@@ -87,6 +87,8 @@ def small(path):
         for name in ("train_levels", "score_levels"):
             if name in arguments:
                 arguments[name] = [BLOCKS[block] for block in arguments[name]]
+        if method["protocol"] == "few_shot":
+            method["data"] = {"train_batch_size": 22}  # all views in one step
         if "max_epochs" in method.get("trainer", {}):
             method["trainer"]["max_epochs"] = 1
     return Comparison(**config)
