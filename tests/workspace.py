@@ -2,8 +2,10 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
 from anomalib_mvfa.data.bmad import CATEGORIES
 from anomalib_mvfa.data.phantom import write_phantom
@@ -11,6 +13,45 @@ from recipe import TINY, adapter_weights, clip_weights, write_config, write_supp
 
 SIZE = 32
 CONFIGS = Path(__file__).parents[1] / "configs"
+BLOCKS = {6: 1, 12: 2, 18: 3, 24: 4}
+"""Levels of ViT-L, and those of the tiny CLIP that stand for them."""
+SMALL = {
+    "AnomalyDINO": {"encoder_name": "vit_small_patch14_dinov2"},
+    "AprilGan": {"backbone": "weights/tiny.json", "image_size": 56, "max_epochs": 1},
+    "Cflow": {"backbone": "resnet18", "layers": ["layer3"], "coupling_blocks": 1},
+    "Clip": {"backbone": "weights/tiny.json", "image_size": 56},
+    "FoundAD": {"encoder_name": "dinov2_vit_small_14", "image_size": 56, "pred_depth": 1},
+    "Mvfa": {"backbone": "weights/tiny.json", "image_size": 56, "max_epochs": 1},
+    "Patchcore": {"backbone": "resnet18", "layers": ["layer3"]},
+    "ReverseDistillation": {"backbone": "resnet18"},
+    "WinClipBaseline": {"backbone": "weights/tiny.json"},
+}
+"""Arguments that make a comparison's models small."""
+
+
+def small_comparison(path: Path) -> dict[str, Any]:
+    """Return a comparison of configs/compare with small models, one epoch, one seed and two categories.
+
+    The categories are one with masks and one without, where there are both.
+    """
+    config = yaml.safe_load(path.read_text())
+    if config.get("categories"):
+        config["categories"] = [name for name in config["categories"] if name in {"Brain", "Chest", "bottle", "screw"}]
+    config["k_shots"] = [1, 2] if len(config.get("k_shots", [4])) > 1 else [1]
+    config["seeds"] = config["seeds"][:1]
+    config["weights"] = dict.fromkeys(config["methods"])  # random ones
+    config["accelerator"] = "cpu"
+    config["data"]["init_args"]["num_workers"] = 0
+    for method in config["methods"].values():
+        arguments = method["model"].setdefault("init_args", {})
+        arguments.update(SMALL[method["model"]["class_path"]])
+        for name in {"train_levels", "score_levels"} & set(arguments):
+            arguments[name] = [BLOCKS[block] for block in arguments[name]]
+        if method["protocol"] == "few_shot":
+            method["data"] = {"train_batch_size": 22}  # all views in one step
+        if "max_epochs" in method.get("trainer", {}):
+            method["trainer"]["max_epochs"] = 1
+    return config
 
 
 def write_workspace(folder: Path) -> None:
@@ -29,6 +70,8 @@ def write_workspace(folder: Path) -> None:
     _write_mvtec(slices, folder / "datasets" / "MVTecAD" / "bottle")
     _write_models(folder)
     shutil.copytree(CONFIGS, folder / "configs")
+    for path in (folder / "configs" / "compare").glob("*.yaml"):
+        path.write_text(yaml.safe_dump(small_comparison(path), sort_keys=False))
 
 
 def _write_own(slices: Path, root: Path) -> None:

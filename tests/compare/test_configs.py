@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 
 from anomalib_mvfa.compare import run
 from anomalib_mvfa.compare.job import CompareJob
@@ -12,29 +11,17 @@ from anomalib_mvfa.compare.paper import paper_table
 from anomalib_mvfa.compare.plan import WITH_SHOTS, Comparison
 from anomalib_mvfa.data.phantom import write_phantom
 from recipe import TINY, write_config
+from workspace import small_comparison
 
 CONFIGS = sorted(Path(__file__).parents[2].joinpath("configs", "compare").glob("*.yaml"))
-BLOCKS = {6: 1, 12: 2, 18: 3, 24: 4}
-CNN = {"backbone": "resnet18"}
-SMALL = {
-    "AnomalyDINO": {"encoder_name": "vit_small_patch14_dinov2"},
-    "AprilGan": {"backbone": "tiny.json", "image_size": 56, "max_epochs": 1},
-    "Cflow": {**CNN, "layers": ["layer3"], "coupling_blocks": 1},
-    "Clip": {"backbone": "tiny.json", "image_size": 56},
-    "FoundAD": {"encoder_name": "dinov2_vit_small_14", "image_size": 56, "pred_depth": 1},
-    "Mvfa": {"backbone": "tiny.json", "image_size": 56, "max_epochs": 1},
-    "Patchcore": {**CNN, "layers": ["layer3"]},
-    "ReverseDistillation": CNN,
-    "WinClipBaseline": {"backbone": "tiny.json"},
-}
-"""Arguments that make models small."""
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     """Return a folder with data where the configs look for them: every category of BMAD and of MVTec AD, and own."""
     root = tmp_path_factory.mktemp("workspace")
-    write_config(root / "tiny.json", TINY)
+    (root / "weights").mkdir()
+    write_config(root / "weights" / "tiny.json", TINY)
     write_phantom(root / "slices", size=32, train=2, valid=3, test=3)
     slices = root / "slices" / "Brain"
     write_phantom(root / "others", seed=1, size=32, train=2, valid=3, test=3)
@@ -69,38 +56,13 @@ def copy(paths, target, prefix="", suffix=""):
         shutil.copy(path, target / f"{prefix}{path.stem}{suffix}.png")
 
 
-def small(path):
-    """Return a comparison with small models and two categories, one with masks and one without where there are both."""
-    config = yaml.safe_load(path.read_text())
-    wanted = ("Brain", "Chest", "bottle", "screw")
-    if config.get("categories"):
-        config["categories"] = [name for name in config["categories"] if name in wanted]
-    config["k_shots"] = [1, 2] if len(config.get("k_shots", [4])) > 1 else [1]
-    config["seeds"] = config["seeds"][:1]
-    config["weights"] = dict.fromkeys(config["methods"])  # random ones
-    config["accelerator"] = "cpu"
-    config["data"]["init_args"]["num_workers"] = 0
-    for method in config["methods"].values():
-        model = method["model"]
-        arguments = model.setdefault("init_args", {})
-        arguments.update(SMALL[model["class_path"]])
-        for name in ("train_levels", "score_levels"):
-            if name in arguments:
-                arguments[name] = [BLOCKS[block] for block in arguments[name]]
-        if method["protocol"] == "few_shot":
-            method["data"] = {"train_batch_size": 22}  # all views in one step
-        if "max_epochs" in method.get("trainer", {}):
-            method["trainer"]["max_epochs"] = 1
-    return Comparison(**config)
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_comparison_runs(path, workspace, tmp_path, monkeypatch):
     monkeypatch.chdir(workspace)
     monkeypatch.setattr(
         run, "_on_this_machine", lambda jobs, output, *_: (CompareJob(job, output).run() for job in jobs)
     )
-    plan = small(path)
+    plan = Comparison(**small_comparison(path))
     rows = run.compare(plan, tmp_path)
     assert {row.job: row.error for row in rows if row.error} == {}
     assert {row.method for row in rows} == set(plan.methods)
