@@ -6,7 +6,7 @@ from anomalib.data import ImageBatch
 from sklearn.metrics import roc_auc_score
 from torchmetrics.functional.classification import binary_auroc
 
-from anomalib_mvfa.evaluation import BINS, BinnedAUROC, metrics
+from anomalib_mvfa.evaluation import BINS, BinnedAUROC, OrderKeepingPostProcessor, metrics
 
 
 def draw(kind: str, count: int = 20000) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,3 +113,23 @@ def test_metrics_of_data_without_masks():
         metric.update(data)
     called = {metric.name for metric in evaluator.test_metrics if metric.update_called}
     assert called == {"image_AUROC", "image_F1Score"}
+
+
+def test_the_post_processor_keeps_the_order_of_any_scores():
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.cat([torch.randn(1000, generator=generator) * 7 + 30, torch.tensor([-400.0, 900.0])])
+    for low, high, threshold in ((20.0, 40.0, 31.0), (torch.nan, torch.nan, torch.nan), (5.0, 5.0, 5.0)):
+        low, high, threshold = map(torch.tensor, (low, high, threshold))
+        scores = OrderKeepingPostProcessor._normalize(raw.double(), low, high, threshold)
+        assert torch.equal(scores.argsort(), raw.argsort())
+        assert scores.unique().numel() == raw.unique().numel()
+        assert 0 < scores.min() < scores.max() < 1
+        if not threshold.isnan():
+            assert torch.equal(scores > 0.5, raw > threshold)
+    assert OrderKeepingPostProcessor._normalize(None, low, high, threshold) is None
+
+
+def test_without_a_threshold_the_middle_of_the_range_is_one_half():
+    low, high, threshold = torch.tensor(2.0), torch.tensor(4.0), torch.tensor(torch.nan)
+    scores = OrderKeepingPostProcessor._normalize(torch.tensor([2.0, 3.0, 4.0]), low, high, threshold)
+    torch.testing.assert_close(scores, torch.tensor([1 / 3, 1 / 2, 2 / 3]))
