@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from anomalib_mvfa import provenance
@@ -14,19 +15,31 @@ def git(folder, *command):
     return done.stdout.strip()
 
 
+@pytest.fixture(autouse=True)
+def _fresh():
+    """Forget commits that were looked up."""
+    provenance.commit.cache_clear()
+    yield
+    provenance.commit.cache_clear()
+
+
 def test_a_commit_is_marked_once_files_have_changed(tmp_path, monkeypatch):
     module = tmp_path / "module.py"
     module.write_text("")
     monkeypatch.setattr(provenance, "__file__", str(module))
     assert provenance.commit() is None
+    provenance.commit.cache_clear()
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-q", "-m", "first")
     head = git(tmp_path, "rev-parse", "HEAD")
     assert provenance.commit() == head
     (tmp_path / "new.txt").write_text("not part of the package")
+    provenance.commit.cache_clear()
     assert provenance.commit() == head
     module.write_text("changed = True")
+    assert provenance.commit() == head  # what is loaded is still that
+    provenance.commit.cache_clear()
     assert provenance.commit() == head + "+"
 
 

@@ -3,6 +3,7 @@
 import platform
 import subprocess
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -12,8 +13,12 @@ PACKAGES = ("anomalib-mvfa", "anomalib", "torch", "torchvision", "lightning", "o
 """Those that numbers depend on."""
 
 
+@cache
 def commit() -> str | None:
-    """Return the commit of the checkout that runs, with a ``+`` if files have changed since; None if it is none."""
+    """Return the commit of the checkout that runs, with a ``+`` if files have changed since; None if it is none.
+
+    It is looked up once: a checkout may move on while a long run still works with what it has loaded.
+    """
     status = _git("status", "--porcelain", "--untracked-files=no", ".")
     head = _git("rev-parse", "HEAD")
     return head + ("+" if status else "") if head else None

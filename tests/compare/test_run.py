@@ -108,11 +108,21 @@ class Deadly(Job):
         return os._exit, (3,)
 
 
+def test_what_a_job_prints_is_kept_apart(comparison, tmp_path, capfd):
+    job = CompareJob(comparison().jobs()[0], tmp_path)
+    row = run._logged(job, None)
+    log = (tmp_path / "logs" / f"{row.job}.log").read_text()
+    assert "image_AUROC" in log
+    assert capfd.readouterr().out == ""
+    print("again")  # noqa: T201
+    assert capfd.readouterr().out == "again\n"
+
+
 def test_a_process_that_dies_is_a_failed_job(comparison, tmp_path):
     job = comparison().jobs()[0]
     worker = run._Worker(None, 1)
     row = worker.do(Deadly(**vars(job)), tmp_path)
-    assert row.error.startswith("RuntimeError: The process of this job died")
+    assert row.error.startswith("RuntimeError: The job's process died")
     assert read_row(tmp_path, job.folder) == row
     assert worker._pool is None  # the next job gets a new process
     worker.stop()

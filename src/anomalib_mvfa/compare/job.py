@@ -58,6 +58,7 @@ class CompareJob(PipelineJob):
     def __init__(self, job: Job, run: Path) -> None:
         self.job = job
         self.folder = run
+        self.commit = commit()
 
     def run(self, task_id: int | None = None) -> Row:
         """Do it; a failure is a row too.
@@ -68,6 +69,7 @@ class CompareJob(PipelineJob):
         try:
             with writing(self.folder, self.job.folder) as folder:
                 row = _train_and_test(self.job, folder, task_id)
+                row.commit = self.commit
                 write_row(folder, row)
         except Exception as error:  # whatever a model or its data raise is this job's result
             logger.exception("%s failed.", self.job.folder)
@@ -142,7 +144,7 @@ def _train_and_test(job: Job, folder: Path, gpu: int | None) -> Row:
         "trained": sum(parameter.numel() for parameter in trained),
     }
     row.memory_mb = memory.peak(device)
-    row.device, row.commit, row.versions, row.date = device_name(device), commit(), versions(), _now()
+    row.device, row.versions, row.date = device_name(device), versions(), _now()
     return row
 
 

@@ -115,7 +115,7 @@ def render(
         failed=outcome.failed,
         lacking=lacking(outcome),
         lack=sum(len(seeds) for *_, seeds in lacking(outcome)),
-        facts=_facts(outcome),
+        facts=facts(outcome),
         data=_data(outcome, summaries),
         blocks=[(k_shot, *_split(tabulate_all(summaries, outcome, k_shot, paper))) for k_shot in shots(summaries)],
         charts=_charts(outcome, summaries, each_k, paper) if len(each_k) > 1 else None,
@@ -199,7 +199,8 @@ def _each(values: Iterable[Any]) -> list[Any]:
     return [value for value in dict.fromkeys(values) if value is not None]
 
 
-def _facts(outcome: Outcome) -> dict[str, list[Any]]:
+def facts(outcome: Outcome) -> dict[str, list[Any]]:
+    """Return what was compared, on which data, and where the numbers come from."""
     rows = outcome.rows
     dates = sorted(row.date[:10] for row in rows if row.date)
     return {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from jsonargparse import ArgumentParser
 
-from .page import notices, percent, protocol, render
+from .page import facts, notices, percent, protocol, render
 from .paper import PaperTable, paper_table
 from .results import Row
 from .summary import Cell, Outcome, Summary, Table, lacking, read_outcome, shots, summarise, tabulate_all
@@ -88,7 +88,7 @@ def _markdown(outcome: Outcome, summaries: Sequence[Summary], paper: PaperTable 
     if paper:
         legend += f" In parentheses: the paper's figure ({paper.title})."
     lines = [f"# {_plain(outcome.title)}", ""]
-    for paragraph in (*notices(outcome, summaries).values(), legend):
+    for paragraph in (*notices(outcome, summaries).values(), legend, _origin(outcome)):
         lines += [_plain(paragraph), ""]
     for k_shot in shots(summaries):
         for title, table in tabulate_all(summaries, outcome, k_shot, paper).items():
@@ -100,6 +100,18 @@ def _markdown(outcome: Outcome, summaries: Sequence[Summary], paper: PaperTable 
     if lacking(outcome):
         lines += [f"Not all jobs have ended: {sum(len(seeds) for *_, seeds in lacking(outcome))} lack.", ""]
     return "\n".join(lines)
+
+
+def _origin(outcome: Outcome) -> str:
+    """Return where the numbers come from."""
+    known = facts(outcome)
+    parts = {
+        "Seeds": known["seeds"],
+        "commit": known["commits"] or ["not from a checkout"],
+        "device": known["devices"],
+        "date": known["dates"],
+    }
+    return "; ".join(f"{name} {', '.join(map(str, values))}" for name, values in parts.items() if values) + "."
 
 
 def _named(row: Row) -> str:

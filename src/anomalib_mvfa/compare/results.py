@@ -7,6 +7,8 @@
     RUN/jobs/<job>/scores.npz    what every test image scored, see `anomalib_mvfa.intervals.Scores`
     RUN/jobs/<job>/pictures.npz  some test images and their maps, see `Pictures`
     RUN/jobs/<job>/features.npz  features with and without adapters, see `Features`; of MVFA only
+    RUN/jobs/<job>/error.txt     the traceback of a job that failed
+    RUN/logs/<job>.log           what the job printed
     RUN/superseded/              folders of jobs that have been asked for otherwise since
 """
 

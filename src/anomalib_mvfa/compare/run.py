@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,12 +21,15 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..provenance import commit
 from .estimate import Estimate, duration
 from .job import CompareJob, write_failure
 from .plan import Comparison, Job
 from .report import report
 from .results import Row, read_row, supersede
 
+STREAMS = (1, 2)
+"""Standard output and error, as the system counts them."""
 OVERRIDES = {
     "categories": list[str],
     "k_shots": list[int],
@@ -56,6 +59,7 @@ def compare(comparison: Comparison, output: Path, workers: int | None = None) ->
         RuntimeError: Another process works in this folder.
     """
     jobs = comparison.jobs()
+    commit()  # of what is loaded now
     gpus = torch.cuda.device_count() if comparison.accelerator in {"auto", "gpu", "cuda"} else 0
     workers = workers or max(gpus, 1)
     with _alone_in(output):
@@ -228,10 +232,12 @@ class _Worker:
             start = (os.getpid(), self._threads)
             self._pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_prepare, initargs=start)
         try:
-            return self._pool.submit(CompareJob(job, run).run, self._gpu).result()
+            return self._pool.submit(_logged, CompareJob(job, run), self._gpu).result()
         except BrokenProcessPool:
             self._pool = None
-            msg = "The process of this job died, perhaps for want of memory; the system's log may say more."
+            msg = (
+                f"The process of this job died, perhaps for want of memory; see logs/{job.folder}.log and the system's."
+            )
             return write_failure(job, run, RuntimeError(msg))
 
     def stop(self) -> None:
@@ -240,6 +246,23 @@ class _Worker:
             for process in list((self._pool._processes or {}).values()):  # noqa: SLF001  # there is no public way
                 process.kill()
             self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _logged(job: CompareJob, gpu: int | None) -> Row:
+    """Run a job, and keep what it prints, down to the libraries below Python, in a log of its own."""
+    path = job.folder / "logs" / f"{job.job.folder}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as log:
+        saved = [os.dup(stream) for stream in STREAMS]
+        try:
+            for stream in STREAMS:
+                os.dup2(log.fileno(), stream)
+            with redirect_stdout(log), redirect_stderr(log):
+                return job.run(gpu)
+        finally:
+            for stream, before in zip(STREAMS, saved, strict=True):
+                os.dup2(before, stream)
+                os.close(before)
 
 
 def _prepare(parent: int, threads: int) -> None:
