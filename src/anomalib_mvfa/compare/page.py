@@ -178,7 +178,7 @@ def notices(outcome: Outcome, summaries: Sequence[Summary]) -> dict[str, str]:
         which = "All jobs" if random == len(outcome.rows) else f"{random} of {len(outcome.rows)} jobs"
         found["random"] = (
             f"{which} (marked †) had a stand-in with random weights in place of the backbone. Their scores mean "
-            "nothing clinically, are not put beside figures of the paper, and are ranked only among themselves."
+            "nothing clinically, and are neither ranked with others nor put beside figures of the paper."
         )
     unlike = unlike_categories(summaries, outcome)
     if unlike:
