@@ -235,9 +235,7 @@ class _Worker:
             return self._pool.submit(_logged, CompareJob(job, run), self._gpu).result()
         except BrokenProcessPool:
             self._pool = None
-            msg = (
-                f"The process of this job died, perhaps for want of memory; see logs/{job.folder}.log and the system's."
-            )
+            msg = f"The job's process died, perhaps for want of memory. See logs/{job.folder}.log and the system's log."
             return write_failure(job, run, RuntimeError(msg))
 
     def stop(self) -> None:
