@@ -41,7 +41,7 @@ OVERRIDES = {
 
 
 def compare(comparison: Comparison, output: Path, workers: int | None = None) -> list[Row]:
-    """Run the jobs of a comparison that have not finished yet, and write the report.
+    """Run the jobs of a comparison that have not finished yet; :func:`~anomalib_mvfa.compare.report.report` shows them.
 
     A job that has finished is never run again; one that has failed is, and so is one that asks for something else now,
     whose earlier results are put aside.
