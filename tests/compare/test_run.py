@@ -125,7 +125,7 @@ def test_a_process_that_dies_is_a_failed_job(comparison, tmp_path):
     assert row.error.startswith("RuntimeError: The job's process died")
     assert read_row(tmp_path, job.folder) == row
     assert worker._pool is None  # the next job gets a new process
-    worker.stop()
+    worker.end()
 
 
 def test_the_exit_code_and_the_output_tell(comparison, done, tmp_path, capsys):

@@ -207,10 +207,14 @@ def _on_this_machine(jobs: list[Job], run: Path, workers: int, gpus: int) -> Ite
     try:
         for future in as_completed(futures):
             yield future.result()
-    finally:
+    except BaseException:  # an interrupt, most likely
         threads.shutdown(wait=False, cancel_futures=True)
         for worker in pool:
-            worker.stop()
+            worker.kill()
+        raise
+    threads.shutdown()
+    for worker in pool:
+        worker.end()
 
 
 class _Worker:
@@ -238,7 +242,12 @@ class _Worker:
             msg = f"The job's process died, perhaps for want of memory. See logs/{job.folder}.log and the system's log."
             return write_failure(job, run, RuntimeError(msg))
 
-    def stop(self) -> None:
+    def end(self) -> None:
+        """End the process, which has nothing to do."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def kill(self) -> None:
         """End the process, whatever it does."""
         if self._pool is not None:
             for process in list((self._pool._processes or {}).values()):  # noqa: SLF001  # there is no public way
