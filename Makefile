@@ -16,7 +16,7 @@ demo: install
 	$(BIN)/python -m anomalib_mvfa.demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: install
 	$(BIN)/ruff check

@@ -22,9 +22,9 @@ def workspace(tmp_path_factory):
     root = tmp_path_factory.mktemp("workspace")
     (root / "weights").mkdir()
     write_config(root / "weights" / "tiny.json", TINY)
-    write_phantom(root / "slices", size=32, train=2, valid=3, test=3)
+    write_phantom(root / "slices", size=32, train=2, valid=5, test=3)
     slices = root / "slices" / "Brain"
-    write_phantom(root / "others", seed=1, size=32, train=2, valid=3, test=3)
+    write_phantom(root / "others", seed=1, size=32, train=2, valid=5, test=3)
     others = root / "others" / "Brain"
     for name, source in (("Brain", slices), ("Liver", slices), ("Retina_RESC", others)):
         shutil.copytree(source, root / "datasets" / "BMAD" / name)

@@ -1,6 +1,7 @@
 """One job: what it measures and keeps, and that it equals what anomalib's command line does."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,9 +167,12 @@ def test_a_job_is_one_of_anomalibs_pipelines(comparison, tmp_path):
     assert CompareJob.collect([row, row]).method.tolist() == ["PatchCore", "PatchCore"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="elsewhere peaks are those of the whole process")
 def test_memory_is_the_peak_since_its_making():
-    memory = Memory()
-    before = memory.peak(torch.device("cpu"))
-    block = np.ones(200 * 2**17)  # 200 MiB
+    block = np.ones(400 * 2**17)  # 400 MiB
     del block
-    assert memory.peak(torch.device("cpu")) >= before + 190
+    memory = Memory()
+    block = np.ones(200 * 2**17)
+    held = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 2**10
+    del block
+    assert held <= memory.peak(torch.device("cpu")) < held + 150
