@@ -175,4 +175,4 @@ def test_memory_is_the_peak_since_its_making():
     block = np.ones(200 * 2**17)
     held = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 2**10
     del block
-    assert held <= memory.peak(torch.device("cpu")) < held + 150
+    assert held - 1 <= memory.peak(torch.device("cpu")) < held + 150

@@ -148,6 +148,17 @@ def test_the_exit_code_and_the_output_tell(comparison, done, tmp_path, capsys):
     assert done == []
 
 
+def test_an_interrupt_is_no_error(comparison, tmp_path, monkeypatch, capsys):
+    def interrupted(*_args):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(run, "_on_this_machine", interrupted)
+    comparison().save(tmp_path / "plan.yaml")
+    assert run.main(["--config", str(tmp_path / "plan.yaml"), "--output", str(tmp_path / "run")]) == 130
+    assert "The same command goes on" in capsys.readouterr().err
+
+
 def test_a_dry_run_lists_jobs_and_runs_none(comparison, done, tmp_path, capsys):
     comparison().save(tmp_path / "plan.yaml")
     arguments = ["--config", str(tmp_path / "plan.yaml"), "--output", str(tmp_path / "run")]

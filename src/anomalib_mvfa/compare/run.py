@@ -28,6 +28,8 @@ from .plan import Comparison, Job
 from .report import report
 from .results import Row, read_row, supersede
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 STREAMS = (1, 2)
 """Standard output and error, as the system counts them."""
 OVERRIDES = {
@@ -91,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
         arguments: Of the command line.
 
     Returns:
-        Exit code: 0 if every job has finished, 1 if one has failed.
+        Exit code: 0 if every job has finished, 1 if one has failed, 130 after an interrupt.
     """
     parser = ArgumentParser(
         prog="anomalib-mvfa compare",
@@ -114,6 +116,9 @@ def main(arguments: Sequence[str]) -> int:
             _list(comparison, output)
             return 0
         rows = compare(comparison, output, options.workers)
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted. The same command goes on with the jobs that are missing.\n")
+        return INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
     console = Console()
