@@ -138,6 +138,11 @@ MISTAKES = {
     ),
     "no method": ({"methods": {}}, "methods=.* must name at least one"),
     "no seed": ({"seeds": []}, "seeds=.* must name at least one"),
+    "one seed": ({"seeds": 0}, r"seeds=0 must be a list of whole numbers from 0 on"),
+    "no shots": ({"k_shots": [0]}, r"k_shots=\[0\] must be a list of whole numbers from 1 on"),
+    "text": ({"seeds": ["a"]}, r"seeds=\['a'\] must be a list of whole numbers"),
+    "one category": ({"categories": "Brain"}, "categories='Brain' must be a list of names"),
+    "a list": ({"methods": ["MVFA"]}, r"methods=\['MVFA'\] must be a mapping"),
     "twice": ({"k_shots": [2, 2]}, "none twice"),
     "weights": (
         {"weights": {"PatchCroe": None}},

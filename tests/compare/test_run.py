@@ -187,6 +187,7 @@ def test_the_command_line_may_change_what_is_run(comparison, done, tmp_path):
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--config", "plan.yaml", "--categories", "[Lungs]"], "BMAD has no category 'Lungs'"),
         (["--config", "plan.yaml", "--seeds", "[a]"], "seeds"),
+        (["--config", "plan.yaml", "--workers", "0"], "workers=0 must be at least 1"),
         (["--config", "plan.yaml", "--weights", "{Other: null}"], "no methods of this comparison"),
     ],
 )

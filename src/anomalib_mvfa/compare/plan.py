@@ -78,6 +78,17 @@ class Comparison:
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading data."""
+        for name, least in (("k_shots", 1), ("seeds", 0)):
+            values = getattr(self, name)
+            if not isinstance(values, list) or not all(type(value) is int and value >= least for value in values):
+                msg = f"{name}={values!r} must be a list of whole numbers from {least} on, such as [{least}, 4]."
+                raise ValueError(msg)
+        kinds = {"categories": (list, type(None)), "methods": (dict,), "weights": (dict,)}
+        wrong = {name for name, kind in kinds.items() if not isinstance(getattr(self, name), kind)}
+        for name in sorted(wrong):
+            what = "a list of names, or null" if name == "categories" else "a mapping from methods' names"
+            msg = f"{name}={getattr(self, name)!r} must be {what}."
+            raise ValueError(msg)
         self.methods = {
             name: method if isinstance(method, Method) else _build(Method, method, f"methods.{name}")
             for name, method in self.methods.items()

@@ -63,7 +63,10 @@ def compare(comparison: Comparison, output: Path, workers: int | None = None) ->
     jobs = comparison.jobs()
     commit()  # of what is loaded now
     gpus = torch.cuda.device_count() if comparison.accelerator in {"auto", "gpu", "cuda"} else 0
-    workers = workers or max(gpus, 1)
+    workers = max(gpus, 1) if workers is None else workers
+    if workers < 1:
+        msg = f"workers={workers} must be at least 1."
+        raise ValueError(msg)
     with _alone_in(output):
         comparison.save(output / "config.yaml")
         rows = {job.folder: row for job in jobs if (row := job.finished(output))}
