@@ -70,7 +70,7 @@ def _fused(values, limits):
 def test_the_bank_finds_its_own_rows(model, views, pictures):
     model.scoring = Scoring("seg", "map_max", FEW, ranged=False)
     model.memorise(views)
-    assert model.bank.seg.shape == (4, 4, 17, TINY.config["vision_cfg"]["width"])
+    assert model.bank.seg.shape == (4, 4 * 17, TINY.config["vision_cfg"]["width"])
     assert model(pictures["normal"]).anomaly_map.max() < 1e-6
     assert model(pictures["abnormal"]).anomaly_map.max() > 1e-4
 
@@ -133,7 +133,7 @@ def test_normal_images_alone_are_no_reason_to_warn(make, engine, tmp_path, caplo
     with caplog.at_level(logging.WARNING, logger="anomalib.mvfa"):
         engine().fit(model, datamodule=data)
     assert caplog.text == ""
-    assert model.model.bank.seg.shape[1] == 3 * 11
+    assert model.model.bank.seg.shape[1] == 3 * 11 * 17
 
 
 def test_leave_one_out_is_refused(make, categories, engine):

@@ -169,7 +169,7 @@ def test_normal_only_data_build_a_bank_and_train_nothing(make, phantom_root, eng
         engine().fit(model, datamodule=data)
     assert "no abnormal image" in caplog.text
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
-    assert model.model.bank.seg.shape[1] == 3 * 11
+    assert model.model.bank.seg.shape[1] == 3 * 11 * 17
 
 
 def test_batches_without_masks_leave_seg_adapters_as_they_are(make, phantom_root, engine, tmp_path):

@@ -75,11 +75,12 @@ def test_views_can_be_left_out(bank, keep):
     assert torch.equal(own > 1e-3, ~keep), "an image that was left out found itself"
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 29, 30, 31])
-def test_chunks_change_nothing(bank, monkeypatch, chunk):
+@pytest.mark.parametrize(("queries", "rows"), [(1, 1), (4, 7), (27, 29), (26, 30), (100, 31)])
+def test_tiles_change_nothing(bank, monkeypatch, queries, rows):
     query = features(1)
     whole = bank.distance("seg", query)
-    monkeypatch.setattr(memory_bank, "CHUNK", chunk)
+    monkeypatch.setattr(memory_bank, "QUERIES", queries)
+    monkeypatch.setattr(memory_bank, "ROWS", rows)
     assert torch.allclose(bank.distance("seg", query), whole, atol=1e-6)
 
 
@@ -123,6 +124,6 @@ def test_rows_are_saved_and_loaded(bank):
     other = MemoryBank()
     other.load_state_dict(bank.state_dict())
     assert torch.equal(other.seg, bank.seg)
-    assert other.seg.shape == (LEVELS, VIEWS, LENGTH, WIDTH)
-    assert torch.allclose(other.seg.norm(dim=-1), torch.ones(LEVELS, VIEWS, LENGTH))
+    assert other.seg.shape == (LEVELS, VIEWS * LENGTH, WIDTH)
+    assert torch.allclose(other.seg.norm(dim=-1), torch.ones(LEVELS, VIEWS * LENGTH))
     assert other.det.numel() == 0

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .linear import Linear
+
 BRANCHES = ("seg", "det")
 """Pixel-level and image-level branch."""
 
@@ -24,13 +26,16 @@ class Adapter(nn.Module):
 
     def __init__(self, width: int, joint_width: int) -> None:
         super().__init__()
-        self.fc1 = nn.Sequential(nn.Linear(width, joint_width, bias=False), nn.LeakyReLU())
-        self.fc2 = nn.Sequential(nn.Linear(joint_width, width, bias=False), nn.LeakyReLU())
+        self.fc1 = nn.Sequential(Linear(width, joint_width, bias=False), nn.LeakyReLU())
+        self.fc2 = nn.Sequential(Linear(joint_width, width, bias=False), nn.LeakyReLU())
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the feature ``(B, L, E)`` and the contribution to the stream ``(B, L, D)``."""
-        feature = self.fc1(x)
-        return feature, self.fc2(feature)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the feature ``(B, L, E)``."""
+        return self.fc1(x)
+
+    def to_stream(self, feature: torch.Tensor) -> torch.Tensor:
+        """Return the contribution of a feature ``(B, L, E)`` to the stream ``(B, L, D)``."""
+        return self.fc2(feature)
 
 
 class Projector(nn.Module):
@@ -43,11 +48,11 @@ class Projector(nn.Module):
 
     def __init__(self, width: int, joint_width: int) -> None:
         super().__init__()
-        self.fc1 = nn.Sequential(nn.Linear(width, joint_width, bias=False))
+        self.fc1 = nn.Sequential(Linear(width, joint_width, bias=False))
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Return the feature ``(B, L, E)`` and no contribution."""
-        return self.fc1(x), None
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the feature ``(B, L, E)``."""
+        return self.fc1(x)
 
 
 class BranchAdapters(nn.ModuleList):
@@ -61,7 +66,7 @@ class BranchAdapters(nn.ModuleList):
     """
 
     def __init__(self, levels: int, width: int, joint_width: int, adaptation: str = "adapter") -> None:
-        kind = {"adapter": Adapter, "projector": Projector, "linear": nn.Linear}[adaptation]
+        kind = {"adapter": Adapter, "projector": Projector, "linear": Linear}[adaptation]
         super().__init__([kind(width, joint_width) for _ in range(levels)])
 
     def train_only(self, trained: Sequence[int]) -> None:

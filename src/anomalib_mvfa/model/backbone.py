@@ -14,9 +14,11 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.model import resize_pos_embed, resize_text_pos_embed
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import nn
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, scaled_dot_product_attention
+
+from .linear import linear
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -110,6 +112,10 @@ class ClipBackbone(nn.Module):
     def block(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """Run block ``index`` (from 0) on tokens ``(B, L, D)``."""
         block = self.clip.visual.transformer.resblocks[index]
+        if type(block) is ResidualAttentionBlock:  # written out, for the sake of its products
+            x = x + block.ls_1(_attention(block.attn, block.ln_1(x)))
+            hidden = block.mlp.gelu(_layer(block.mlp.c_fc, block.ln_2(x)))  # (B, L, 4D)
+            return x + block.ls_2(_layer(block.mlp.c_proj, hidden))
         if self._batch_first:
             return block(x)
         return block(x.transpose(0, 1)).transpose(0, 1)
@@ -124,6 +130,19 @@ class ClipBackbone(nn.Module):
                 for start in range(0, len(prompts), TEXT_BATCH)
             ]
         return normalize(torch.cat(features).float(), dim=-1)
+
+
+def _layer(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return linear(x, layer.weight, layer.bias)
+
+
+def _attention(attention: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
+    """Self-attention of tokens ``(B, L, D)``."""
+    qkv = linear(x, attention.in_proj_weight, attention.in_proj_bias)  # (B, L, 3D)
+    # (B, heads, L, D / heads) each
+    query, key, value = (part.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=2))
+    mixed = scaled_dot_product_attention(query, key, value)
+    return _layer(attention.out_proj, mixed.transpose(1, 2).flatten(2))
 
 
 def working_backbones() -> list[str]:

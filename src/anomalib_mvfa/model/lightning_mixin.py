@@ -62,6 +62,7 @@ def check_numbers(**values: float | None) -> None:
         "learning_rate": (0, None),
         "max_epochs": (1, None),
         "bank_images": (1, None),
+        "coreset": (0.001, 1),
     }
     for name, value in values.items():
         low, high = bounds[name]

@@ -54,6 +54,7 @@ class Mvfa(LightningMixin, AnomalibModule):
         learning_rate: Of Adam; by default 1e-3 in few-shot, 1e-4 in leave-one-out.
         max_epochs: Epochs to train, unless the trainer is told otherwise.
         bank_images: Most normal images in the bank where the datamodule has no support of its own.
+        coreset: Share of the memory bank's rows to keep, chosen to lie far apart as in PatchCore; all by default.
         adaptation: "adapter" or "projector" (paper, Table 4).
         residual: "pair" (published) or "single" (paper, Eq. 2).
         train_levels: Levels that learn; all by default (paper, Table 5).
@@ -61,7 +62,7 @@ class Mvfa(LightningMixin, AnomalibModule):
         pooling: "mean" (published) or "max" (paper) over patches in the image loss.
         bce: "logits" (published) or "plain" (paper) cross-entropy in the image loss.
         upsample: "logits" (published) or "probabilities" (paper) are upsampled to maps.
-        seed: Of the adapters' initial weights and of the draw of ``bank_images``.
+        seed: Of the adapters' initial weights, of the draw of ``bank_images`` and of the coreset.
         pre_processor: Anomalib's component, or whether to use the default one.
         post_processor: Anomalib's component, or whether to use the default one.
         evaluator: Anomalib's component, or whether to use the default one.
@@ -83,6 +84,7 @@ class Mvfa(LightningMixin, AnomalibModule):
         "residual_ratio",
         "score_levels",
         "upsample",
+        "coreset",
     )
 
     def __init__(
@@ -106,6 +108,7 @@ class Mvfa(LightningMixin, AnomalibModule):
         learning_rate: float | None = None,
         max_epochs: int = 50,
         bank_images: int = 16,
+        coreset: float | None = None,
         adaptation: str = "adapter",
         residual: str = "pair",
         train_levels: Sequence[int] | None = None,
@@ -142,6 +145,7 @@ class Mvfa(LightningMixin, AnomalibModule):
             learning_rate=learning_rate,
             max_epochs=max_epochs,
             bank_images=bank_images,
+            coreset=coreset,
         )
         super().__init__(self._sized(pre_processor, image_size), post_processor, evaluator, visualizer)
         model = MvfaModel(
@@ -158,6 +162,7 @@ class Mvfa(LightningMixin, AnomalibModule):
             score_levels=score_levels,
             pooling=pooling,
             upsample=upsample,
+            coreset=coreset,
             seed=seed,
         )
         if adapters is not None:

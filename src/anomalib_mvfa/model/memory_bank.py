@@ -3,46 +3,86 @@
 Axes: B images, N support views, L tokens (class token first), P patches, E joint width, l level.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
+from anomalib.models.components import KCenterGreedy
 from anomalib.models.components.base import DynamicBufferMixin
 from torch.nn.functional import normalize
 
+from .linear import linear
 from .text_alignment import full_precision
 
-CHUNK = 8192
-"""Bank rows compared at once, so that memory does not grow with the bank."""
+QUERIES, ROWS = 1024, 4096
+"""Compared at once: memory does not grow with batch and bank, and a CPU's cache holds the similarities."""
 
 
-def nearest_distance(query: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
+def nearest_distance(query: torch.Tensor, bank: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
     """``min(1 - cosine)`` of every query to the rows of the bank.
 
     Args:
         query: Features ``(..., E)``.
         bank: Unit rows ``(M, E)``, float32.
+        keep: Which rows ``(M,)`` to compare with, all by default.
 
     Returns:
         Distances ``(...)``, float32, in [0, 2].
     """
     with full_precision(query.device):
         query = normalize(query.float(), dim=-1)
-        nearest = [(query @ rows.T).amax(dim=-1) for rows in bank.split(CHUNK)]
+        # An exported graph has no loop over a batch of any size.
+        parts = [query] if torch.compiler.is_compiling() else query.flatten(0, -2).split(QUERIES)
+        nearest = [torch.full_like(part[..., 0], -torch.inf) for part in parts]
+        for start in range(0, len(bank), ROWS):
+            rows = bank[start : start + ROWS]
+            if keep is not None:
+                rows = rows[keep[start : start + ROWS]]
+            if len(rows):
+                nearest = [
+                    torch.maximum(best, linear(part, rows).amax(dim=-1))
+                    for best, part in zip(nearest, parts, strict=True)
+                ]
         # Rounding can take a cosine beyond 1, and metrics take scores below 0 for logits.
-        return (1 - torch.stack(nearest).amax(dim=0)).clamp(min=0)
+        return (1 - torch.cat(nearest).view(query.shape[:-1])).clamp(min=0)
+
+
+def spread_out(rows: torch.Tensor, share: float, seed: int) -> torch.Tensor:
+    """Choose a coreset: rows that leave no other row far from all of them.
+
+    Args:
+        rows: ``(M, E)``.
+        share: Of the rows that are chosen.
+        seed: Of the first row, and of the projection in which distances are measured.
+
+    Returns:
+        Their numbers, in order.
+    """
+    with torch.random.fork_rng(devices=[rows.device] if rows.is_cuda else []):
+        torch.manual_seed(seed)
+        sampler = KCenterGreedy(rows, share)
+        # A generator: by a mere seed, every direction of the projection would be made of the same features.
+        sampler.model.random_state = np.random.RandomState(seed)  # type: ignore[assignment]  # noqa: NPY002  # sklearn's
+        return torch.tensor(sampler.select_coreset_idxs(), device=rows.device).sort().values
 
 
 class MemoryBank(DynamicBufferMixin):
     """Normal tokens of both branches; a branch that is not in use stays empty.
 
-    Buffers ``seg`` and ``det``: unit rows ``(l, N, L, E)``, float32, saved with the model.
+    Buffers ``seg`` and ``det``: unit rows ``(l, M, E)``, float32, saved with the model; M is ``N * L`` or a share of it.
+
+    Args:
+        coreset: Share of the tokens of a level that are kept, by :func:`spread_out`; all by default.
+        seed: Of that choice.
     """
 
     seg: torch.Tensor
     det: torch.Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, coreset: float | None = None, seed: int = 0) -> None:
         super().__init__()
+        self.coreset = coreset
+        self.seed = seed
         self.clear()
 
     def clear(self) -> None:
@@ -50,15 +90,25 @@ class MemoryBank(DynamicBufferMixin):
         device = self.seg.device if "seg" in self._buffers else None
         self.register_buffer("seg", torch.empty(0, device=device))
         self.register_buffer("det", torch.empty(0, device=device))
+        self._views: dict[str, list[torch.Tensor]] = {}  # per branch and level, of which view a row is
 
-    def store(self, branch: str, tokens: Sequence[torch.Tensor]) -> None:
+    def store(self, branch: str, tokens: Iterable[torch.Tensor]) -> None:
         """Replace a branch's rows.
 
         Args:
             branch: "seg" or "det".
             tokens: Per level, tokens ``(N, L, E)``, class token included.
         """
-        setattr(self, branch, torch.stack([normalize(level.float(), dim=-1) for level in tokens]))
+        stored, self._views[branch] = [], []
+        for level in tokens:
+            rows = normalize(level.float(), dim=-1).flatten(0, 1)  # (M, E)
+            views = torch.arange(len(rows), device=rows.device) // level.shape[1]
+            if self.coreset is not None:
+                chosen = spread_out(rows, self.coreset, self.seed)
+                rows, views = rows[chosen], views[chosen]
+            stored.append(rows)
+            self._views[branch].append(views)
+        setattr(self, branch, torch.stack(stored))
 
     def distance(
         self,
@@ -80,7 +130,7 @@ class MemoryBank(DynamicBufferMixin):
         Args:
             branch: "seg" or "det".
             tokens: Per level, tokens ``(B, L, E)``; the class token is dropped.
-            keep: Which support views ``(N,)`` to compare with, all by default.
+            keep: Which support views ``(N,)``, of those last stored, to compare with; all by default.
 
         Returns:
             Per level, distances ``(B, P)``, float32.
@@ -95,6 +145,8 @@ class MemoryBank(DynamicBufferMixin):
                 "test with a datamodule that offers support images, or set few_shot_weight to 0."
             )
             raise RuntimeError(msg)
-        if keep is not None:
-            bank = bank[:, keep]
-        return [nearest_distance(query[:, 1:], rows.flatten(0, 1)) for query, rows in zip(tokens, bank, strict=True)]
+        kept = [None] * len(bank) if keep is None else [keep[views] for views in self._views[branch]]
+        return [
+            nearest_distance(query[:, 1:], rows, of_rows)
+            for query, rows, of_rows in zip(tokens, bank, kept, strict=True)
+        ]

@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from .adapters import BRANCHES, BranchAdapters, add_to_stream
 from .anomaly_map import state_probabilities, to_grid, upsample
 from .backbone import ClipBackbone
+from .frozen_cache import FrozenCache
 from .fusion import Weights, fuse, value_range
 from .memory_bank import MemoryBank
 from .prompts import ABNORMAL_STATES, NORMAL_STATES, TEMPLATES, compose
@@ -103,11 +104,13 @@ class MvfaModel(nn.Module):
         score_levels: Levels that are scored; all by default.
         pooling: "mean" (published) or "max" (paper) over patches in the det loss.
         upsample: "logits" (published) or "probabilities" (paper) are upsampled to the seg map.
-        seed: Of the adapters' initial weights.
+        coreset: See :class:`~anomalib_mvfa.model.memory_bank.MemoryBank`.
+        seed: Of the adapters' initial weights and of the coreset.
 
     Attributes:
         scoring: How scores are formed.
         bank: Features of the normal support.
+        cache: Keeps what is frozen of training images from epoch to epoch; None, by default, computes it each time.
         text_features: Unit columns ``(E, 2)``, normal and abnormal, of the object that is scored.
         ranges: Lowest and highest value ``(2, 2, 2)``: of map and image score, of the zero- and few-shot branch.
 
@@ -133,6 +136,7 @@ class MvfaModel(nn.Module):
         score_levels: Sequence[int] | None = None,
         pooling: str = "mean",
         upsample: str = "logits",
+        coreset: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -144,6 +148,7 @@ class MvfaModel(nn.Module):
         self.residual_ratio = residual_ratio
         self.normalize = normalize
         self.residual = residual
+        self._adapts_stream = adaptation == "adapter"
         self.pooling = pooling
         self.upsample = upsample
 
@@ -159,7 +164,8 @@ class MvfaModel(nn.Module):
         self.det_adapters.train_only(self._trained)
 
         self.scoring = Scoring()
-        self.bank = MemoryBank()
+        self.bank = MemoryBank(coreset, seed)
+        self.cache: FrozenCache | None = None
         self.register_buffer("text_features", torch.full((self.backbone.joint_width, 2), torch.nan))
         self.register_buffer("ranges", torch.full((2, 2, 2), torch.nan))
 
@@ -185,33 +191,34 @@ class MvfaModel(nn.Module):
         return self.fuse(self.branch_scores(self.tokens(image), text_features))
 
     def tokens(self, image: torch.Tensor, learn_seg: bool = True) -> Tokens:
-        """Run the backbone with its adapters.
+        """Run the backbone with its adapters, up to the last level that is trained or, in eval mode, scored.
 
         Args:
             image: RGB in [0, 1], ``(B, 3, image_size, image_size)``; overshoots of the resize are clamped.
             learn_seg: Whether gradients reach the seg adapters; the stream passes through them all the same.
 
         Returns:
-            Features of every level.
+            Features of every level up to there.
 
         Raises:
             ValueError: The images have another size.
         """
+        last = self._last_in_use
+        frozen = self.frozen_tokens(image, first_only=self._adapts_stream)
         tokens = Tokens([], [])
-        x = self._embed(image)  # (B, L, D)
-        for block in range(1, self.levels[-1] + 1):
-            x = self.backbone.block(block - 1, x)
-            if block in self.levels:
-                position = self.levels.index(block)
-                # Out of autocast: features differ in their last digits, which half precision does not keep.
-                with torch.autocast(x.device.type, enabled=False):
-                    with _frozen(self.seg_adapters[position], not learn_seg):
-                        seg, to_stream_seg = self.seg_adapters[position](x)  # (B, L, E), (B, L, D)
-                    det, to_stream_det = self.det_adapters[position](x)
-                tokens.seg.append(seg)
-                tokens.det.append(det)
-                if to_stream_seg is not None:
-                    x = add_to_stream(x, to_stream_seg, to_stream_det, self.residual_ratio, self.residual)
+        for position in range(last + 1):
+            seg_adapter, det_adapter = self.seg_adapters[position], self.det_adapters[position]
+            if position < len(frozen):
+                x = frozen[position]
+            else:
+                x = self._blocks(x, self.levels[position - 1], self.levels[position])
+            # Out of autocast: features differ in their last digits, which half precision does not keep.
+            with torch.autocast(x.device.type, enabled=False), _frozen(seg_adapter, not learn_seg):
+                tokens.seg.append(seg_adapter(x))
+                tokens.det.append(det_adapter(x))
+                if self._adapts_stream and position < last:
+                    to_stream = seg_adapter.to_stream(tokens.seg[-1]), det_adapter.to_stream(tokens.det[-1])
+                    x = add_to_stream(x, *to_stream, self.residual_ratio, self.residual)
         return tokens
 
     @property
@@ -219,22 +226,23 @@ class MvfaModel(nn.Module):
         """Blocks (from 1) of the levels that are scored."""
         return [self.levels[position] for position in self._scored]
 
-    def frozen_tokens(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """Run the backbone alone.
+    def frozen_tokens(self, image: torch.Tensor, first_only: bool = False) -> list[torch.Tensor]:
+        """Run the backbone alone, as far as :meth:`tokens` does; in training, once for an image that ``cache`` keeps.
 
         Args:
             image: As for :meth:`tokens`.
+            first_only: Stop at the first level, behind which adapters change the stream.
 
         Returns:
             Per level, the stream ``(B, L, D)`` that no adapter has touched.
         """
-        frozen = []
-        x = self._embed(image)  # (B, L, D)
-        for block in range(1, self.levels[-1] + 1):
-            x = self.backbone.block(block - 1, x)
-            if block in self.levels:
-                frozen.append(x)
-        return frozen
+        ends = self.levels[: 1 if first_only else self._last_in_use + 1]
+        if not self.training or self.cache is None:
+            return self._frozen_stream(image, ends)
+        device = image.device.type
+        half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        kept = self.cache.tokens(image, lambda new: torch.stack(self._frozen_stream(new, ends)), (half, len(ends)))
+        return list(kept)
 
     def branch_scores(
         self,
@@ -366,8 +374,8 @@ class MvfaModel(nn.Module):
         if not owners:
             msg = "The support holds no normal image, and the memory bank needs at least one."
             raise ValueError(msg)
-        for branch, stored in bank.items():
-            self.bank.store(branch, [torch.cat(level) for level in zip(*stored, strict=True)])
+        for branch in list(bank):  # one after the other, since they may be large
+            self.bank.store(branch, map(torch.cat, zip(*bank.pop(branch), strict=True)))
 
         scores = []
         for source, tokens in firsts.items():
@@ -425,6 +433,27 @@ class MvfaModel(nn.Module):
         if self.normalize:
             image = (image - self.backbone.mean) / self.backbone.std
         return self.backbone.embed(image)
+
+    @property
+    def _last_in_use(self) -> int:
+        """Position of the last level that is trained or, in eval mode, scored."""
+        return max(self._trained if self.training else self._scored)
+
+    def _frozen_stream(self, image: torch.Tensor, ends: Sequence[int]) -> list[torch.Tensor]:
+        """Stream ``(B, L, D)`` after each of these blocks."""
+        streams = []
+        x, start = self._embed(image), 0  # (B, L, D)
+        for end in ends:
+            x = self._blocks(x, start, end)
+            start = end
+            streams.append(x)
+        return streams
+
+    def _blocks(self, x: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        """Run blocks, counted from 1, behind ``start`` up to ``end`` on tokens ``(B, L, D)``."""
+        for index in range(start, end):
+            x = self.backbone.block(index, x)
+        return x
 
     def _joint_tokens(self, tokens: Tokens, branch: str, position: int) -> torch.Tensor:
         """Features ``(B, L, E)`` of a level that are compared with texts: those that the bank holds, too."""
