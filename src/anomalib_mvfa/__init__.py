@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .baselines.april_gan import AprilGan
     from .baselines.clip import Clip
+    from .baselines.mkd import Mkd
     from .baselines.winclip import WinClipBaseline
     from .checkpoint import load_adapters, save_adapters
     from .data import BMADFewShot, BMADLeaveOneOut, BMADOneClass, FewShot, FullNormal, LeaveOneOut, Phantom
@@ -24,6 +25,7 @@ __all__ = [
     "FewShot",
     "FullNormal",
     "LeaveOneOut",
+    "Mkd",
     "Mvfa",
     "MvfaModel",
     "Phantom",
@@ -44,6 +46,7 @@ _HOMES = {
     "FewShot": ".data",
     "FullNormal": ".data",
     "LeaveOneOut": ".data",
+    "Mkd": ".baselines.mkd",
     "Mvfa": ".model.lightning_model",
     "MvfaModel": ".model.torch_model",
     "Phantom": ".data",

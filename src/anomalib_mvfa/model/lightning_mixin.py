@@ -60,6 +60,7 @@ def check_numbers(**values: float | None) -> None:
         "zero_shot_weight": (0, None),
         "few_shot_weight": (0, None),
         "learning_rate": (0, None),
+        "value_weight": (0, None),
         "max_epochs": (1, None),
         "bank_images": (1, None),
     }
