@@ -118,8 +118,8 @@ class MkdModel(nn.Module):
 
     def losses(self, image: torch.Tensor) -> list[torch.Tensor]:
         """Return per block, from the second on, the loss ``(B,)`` of images in [0, 1]."""
-        pairs = zip(_outputs(self.student, image), _outputs(self.teacher, image), strict=True)
-        return [discrepancy(student, teacher, self.value_weight) for student, teacher in pairs][1:]
+        pairs = zip(_outputs(self.student, image)[1:], _outputs(self.teacher, image)[1:], strict=True)
+        return [discrepancy(student, teacher, self.value_weight) for student, teacher in pairs]
 
     def score(self, image: torch.Tensor) -> torch.Tensor:
         """Return scores ``(B,)`` of images in [0, 1]."""

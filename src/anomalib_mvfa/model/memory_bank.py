@@ -88,6 +88,13 @@ class MemoryBank(DynamicBufferMixin):
         Raises:
             RuntimeError: The branch's bank is empty.
         """
+        bank = self._rows(branch)
+        if keep is not None:
+            bank = bank[:, keep]
+        return [nearest_distance(query[:, 1:], rows.flatten(0, 1)) for query, rows in zip(tokens, bank, strict=True)]
+
+    def _rows(self, branch: str) -> torch.Tensor:
+        """A branch's rows, which there must be."""
         bank = getattr(self, branch)
         if bank.numel() == 0:
             msg = (
@@ -95,6 +102,4 @@ class MemoryBank(DynamicBufferMixin):
                 "test with a datamodule that offers support images, or set few_shot_weight to 0."
             )
             raise RuntimeError(msg)
-        if keep is not None:
-            bank = bank[:, keep]
-        return [nearest_distance(query[:, 1:], rows.flatten(0, 1)) for query, rows in zip(tokens, bank, strict=True)]
+        return bank
