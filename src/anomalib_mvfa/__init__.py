@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .baselines.april_gan import AprilGan
     from .baselines.clip import Clip
+    from .baselines.med_clip import MedClip
     from .baselines.mkd import Mkd
     from .baselines.winclip import WinClipBaseline
     from .checkpoint import load_adapters, save_adapters
@@ -25,6 +26,7 @@ __all__ = [
     "FewShot",
     "FullNormal",
     "LeaveOneOut",
+    "MedClip",
     "Mkd",
     "Mvfa",
     "MvfaModel",
@@ -46,6 +48,7 @@ _HOMES = {
     "FewShot": ".data",
     "FullNormal": ".data",
     "LeaveOneOut": ".data",
+    "MedClip": ".baselines.med_clip",
     "Mkd": ".baselines.mkd",
     "Mvfa": ".model.lightning_model",
     "MvfaModel": ".model.torch_model",
