@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .baselines.april_gan import AprilGan
+    from .baselines.bgad import Bgad
     from .baselines.clip import Clip
+    from .baselines.dra import Dra
     from .baselines.med_clip import MedClip
     from .baselines.mkd import Mkd
     from .baselines.winclip import WinClipBaseline
@@ -22,7 +24,9 @@ __all__ = [
     "BMADFewShot",
     "BMADLeaveOneOut",
     "BMADOneClass",
+    "Bgad",
     "Clip",
+    "Dra",
     "FewShot",
     "FullNormal",
     "LeaveOneOut",
@@ -44,7 +48,9 @@ _HOMES = {
     "BMADFewShot": ".data",
     "BMADLeaveOneOut": ".data",
     "BMADOneClass": ".data",
+    "Bgad": ".baselines.bgad",
     "Clip": ".baselines.clip",
+    "Dra": ".baselines.dra",
     "FewShot": ".data",
     "FullNormal": ".data",
     "LeaveOneOut": ".data",

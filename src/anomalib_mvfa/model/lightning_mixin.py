@@ -64,6 +64,14 @@ def check_numbers(**values: float | None) -> None:
         "value_weight": (0, None),
         "max_epochs": (1, None),
         "bank_images": (1, None),
+        "references": (1, None),
+        "top_share": (0, 1),
+        "coupling_blocks": (1, None),
+        "fiber_batch_size": (1, None),
+        "boundary_share": (0, 0.5),
+        "boundary_weight": (0, None),
+        "margin": (0, None),
+        "warmup_epochs": (0, None),
     }
     for name, value in values.items():
         low, high = bounds[name]
