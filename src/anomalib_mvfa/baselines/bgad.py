@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.metrics import Evaluator
-from anomalib.models.components import AnomalibModule, TimmFeatureExtractor
+from anomalib.models.components import AnomalibModule
 from anomalib.models.image.cflow.utils import cflow_head, get_logp, positional_encoding_2d
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -21,7 +21,7 @@ from torch.nn.functional import interpolate, logsigmoid
 
 from ..contract import DataFacts
 from ..model.lightning_mixin import DEFAULT_PRETRAINED, check_numbers
-from .trained import TrainedMixin, drawn_from, standardise
+from .trained import TrainedMixin, drawn_from, standardise, timm_features
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -96,7 +96,7 @@ class BgadModel(nn.Module):
     ) -> None:
         super().__init__()
         self.condition_vector = condition_vector
-        self.backbone = TimmFeatureExtractor(backbone, layers=layers, pre_trained=pre_trained).requires_grad_(False)
+        self.backbone = timm_features(backbone, layers, pre_trained).requires_grad_(False)
         self.flows = nn.ModuleList(
             cflow_head(condition_vector, coupling_blocks, clamp_alpha, width) for width in self.backbone.out_dims
         )
@@ -175,6 +175,7 @@ class Bgad(TrainedMixin, AnomalibModule):
     Raises:
         ValueError: An argument has no such value, the data have abnormal training images without masks, or there are
             several devices to train on.
+        RuntimeError: There is no such backbone, or its weights could not be downloaded.
     """
 
     IMAGE_SIZE = 256

@@ -11,7 +11,7 @@ import torch
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.data.utils import LabelName
 from anomalib.metrics import Evaluator
-from anomalib.models.components import AnomalibModule, DynamicBufferMixin, TimmFeatureExtractor
+from anomalib.models.components import AnomalibModule, DynamicBufferMixin
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
@@ -19,7 +19,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from ..contract import DataFacts
 from ..model.lightning_mixin import DEFAULT_PRETRAINED, check_numbers
-from .trained import TrainedMixin, drawn_from, standardise
+from .trained import TrainedMixin, drawn_from, standardise, timm_features
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -149,7 +149,7 @@ class DraModel(DynamicBufferMixin):
     def __init__(self, backbone: str = "resnet18", pre_trained: bool = True, top_share: float = 0.1) -> None:
         super().__init__()
         self.top_share = top_share
-        self.backbone = TimmFeatureExtractor(backbone, layers=[-1], pre_trained=pre_trained, requires_grad=True)
+        self.backbone = timm_features(backbone, [-1], pre_trained, requires_grad=True)
         (width,) = self.backbone.out_dims
         self.normality_head = NormalityHead(width)
         self.seen_head = PatchHead(width)
@@ -258,6 +258,7 @@ class Dra(TrainedMixin, AnomalibModule):
 
     Raises:
         ValueError: An argument has no such value, or the data have no normal training image.
+        RuntimeError: There is no such backbone, or its weights could not be downloaded.
     """
 
     IMAGE_SIZE = 448

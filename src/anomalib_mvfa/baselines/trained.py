@@ -3,7 +3,7 @@
 Axes: B images, H = W image size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import torch
 from anomalib import LearningType
 from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
-from anomalib.models.components import AnomalibModule
+from anomalib.models.components import AnomalibModule, TimmFeatureExtractor
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer
@@ -24,6 +24,7 @@ from ..contract import DataFacts, describe
 from ..evaluation import OrderKeepingPostProcessor, metrics
 from ..model.lightning_mixin import ONNX_OPSET, dataset_of, plan_epochs
 from ..model.processing import AntialiasedPreProcessor
+from ..model.weight_files import first_line
 
 if TYPE_CHECKING:
     _Host = AnomalibModule
@@ -34,6 +35,40 @@ else:
 def standardise(image: torch.Tensor) -> torch.Tensor:
     """Return RGB images ``(B, 3, H, W)`` in [0, 1], by ImageNet's mean and deviation; overshoots are clamped."""
     return normalize(image.clamp(0, 1), list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD))
+
+
+def timm_features(
+    backbone: str,
+    layers: Sequence[str | int],
+    pre_trained: bool,
+    requires_grad: bool = False,
+) -> TimmFeatureExtractor:
+    """Return anomalib's extractor of features of a network.
+
+    Args:
+        backbone: Timm's name of a convolutional network.
+        layers: Its layers, by timm's names or numbers.
+        pre_trained: Use timm's weights in place of random ones.
+        requires_grad: Whether the network is trained.
+
+    Raises:
+        ValueError: The network has no such layer.
+        RuntimeError: There is no such network, or its weights could not be downloaded.
+    """
+    try:
+        extractor = TimmFeatureExtractor(backbone, list(layers), pre_trained, requires_grad)
+    except OSError as error:  # of the download
+        msg = (
+            f"The weights of {backbone} could not be had ({first_line(error)}). Run once with a network; or name a "
+            "file for this method in the `weights` of a comparison; or pre_trained=false for random weights, to try "
+            "the software out."
+        )
+        raise RuntimeError(msg) from error
+    if len(extractor.idx) != len(layers):  # anomalib leaves the others out, with a warning
+        names = [info["module"] for info in extractor.feature_extractor.feature_info.info]
+        msg = f"layers={list(layers)} are not all layers of {backbone}, which has {', '.join(names)}."
+        raise ValueError(msg)
+    return extractor
 
 
 @contextmanager
