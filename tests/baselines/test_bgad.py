@@ -99,6 +99,13 @@ def test_likelihood_is_a_density_by_the_flow(model):
     assert found.item() == pytest.approx(density.item() / width, abs=1e-4)
 
 
+def test_likelihood_is_as_exact_in_mixed_precision(model):
+    rows, condition = model.positions(model.features(images("query", 1, SIZE))[0])
+    expected = model.log_likelihood(0, rows, condition)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model.log_likelihood(0, rows, condition), expected)
+
+
 def test_positions_keep_their_place(model):
     features = torch.arange(2 * 5 * 2 * 3.0).reshape(2, 5, 2, 3)
     rows, condition = model.positions(features)

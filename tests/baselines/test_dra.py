@@ -269,6 +269,14 @@ def test_learning_rate_falls_by_thirds(make, data, engine):
     assert rates == pytest.approx([1e-2, 1e-3, 1e-4])
 
 
+def test_training_by_steps_can_score_too(make, categories, engine):
+    data = BMADFewShot(categories, "Chest", k_shot=1, train_batch_size=4, num_workers=0)
+    model, runner = make(), engine(max_epochs=-1, max_steps=1)
+    runner.fit(model, datamodule=data)
+    assert runner.trainer.global_step == 1
+    assert "image_AUROC" in runner.test(model, datamodule=data, verbose=False)[0]
+
+
 def test_normal_images_alone_teach_less_and_say_so(make, engine, tmp_path, caplog):
     data = Phantom(tmp_path / "phantom", size=32, num_workers=0)
     with caplog.at_level(logging.WARNING, logger="anomalib.mvfa"):

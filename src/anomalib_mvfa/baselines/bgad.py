@@ -133,15 +133,16 @@ class BgadModel(nn.Module):
 
     def positions(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return rows ``(N, D)`` of features ``(B, D, h, w)``, and where each comes from ``(N, P)``."""
-        encoding = positional_encoding_2d(self.condition_vector, *features.shape[-2:]).to(features)
+        encoding = positional_encoding_2d(self.condition_vector, *features.shape[-2:]).to(features.device)
         condition = encoding.flatten(1).T.repeat(len(features), 1)
         return features.flatten(2).transpose(1, 2).flatten(0, 1), condition
 
     def log_likelihood(self, level: int, rows: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """Return log-likelihoods per channel ``(N,)`` of features ``(N, D)`` at places ``(N, P)``."""
-        latent, log_determinant = self.flows[level](rows, [condition])
-        width = rows.shape[1]
-        return get_logp(width, latent, log_determinant) / width
+        with torch.autocast(rows.device.type, enabled=False):  # sums over channels need all their digits
+            latent, log_determinant = self.flows[level](rows.float(), [condition.float()])
+            width = rows.shape[1]
+            return get_logp(width, latent, log_determinant) / width
 
 
 class Bgad(TrainedMixin, AnomalibModule):
