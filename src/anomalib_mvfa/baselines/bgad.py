@@ -26,7 +26,7 @@ from .trained import TrainedMixin, drawn_from, standardise, timm_features
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 NORMALIZER = 10.0
-"""By which log-likelihoods per channel are divided before they are compared with a margin."""
+"""Of log-likelihoods per channel, before they are compared with a margin; the authors'."""
 
 
 def likelihood_loss(log_likelihood: torch.Tensor, abnormal: torch.Tensor) -> torch.Tensor:
@@ -36,7 +36,8 @@ def likelihood_loss(log_likelihood: torch.Tensor, abnormal: torch.Tensor) -> tor
         log_likelihood: Per channel ``(N,)``.
         abnormal: Which positions are abnormal ``(N,)``.
     """
-    return -(logsigmoid(log_likelihood) * ~abnormal).sum() / (~abnormal).sum().clamp(min=1)
+    normal = log_likelihood[~abnormal]
+    return -logsigmoid(normal).sum() / max(len(normal), 1)
 
 
 def boundary_loss(
@@ -53,10 +54,11 @@ def boundary_loss(
         log_likelihood: Per channel ``(N,)``.
         abnormal: Which positions are abnormal ``(N,)``; there must be some of each kind.
         boundary_share: Share of normal positions below the boundary.
-        margin: Between boundary and abnormal positions.
+        margin: Between boundary and abnormal positions, in units of `NORMALIZER`.
 
     Returns:
-        Mean distance to the right side of the normal positions on the wrong side, plus the same of abnormal ones.
+        Mean distance of the normal positions on the wrong side from the right one, plus the same of abnormal ones, in
+        units of `NORMALIZER`.
     """
     value = log_likelihood / NORMALIZER
     normal, odd = value[~abnormal], value[abnormal]
@@ -162,7 +164,7 @@ class Bgad(TrainedMixin, AnomalibModule):
         clamp_alpha: Bound of the couplings' scales.
         fiber_batch_size: Positions in a step.
         boundary_share: Share of normal positions below the boundary.
-        margin: Between the boundary and abnormal positions, in tenths of a log-likelihood per channel.
+        margin: Between the boundary and abnormal positions; 0.1 is a log-likelihood of 1 per channel.
         boundary_weight: Of the loss at the boundary.
         warmup_epochs: First epochs, in which the likelihood of normal positions is all that counts.
         learning_rate: Of Adam; it falls to 0 along a cosine.
