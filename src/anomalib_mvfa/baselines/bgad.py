@@ -248,7 +248,8 @@ class Bgad(TrainedMixin, AnomalibModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return Adam over the flows, and its schedule."""
-        optimizer = torch.optim.Adam(self.model.flows.parameters(), lr=self.hparams["learning_rate"])
+        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(learning, lr=self.hparams["learning_rate"])
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self._epochs)]
 
     def on_train_epoch_start(self) -> None:
