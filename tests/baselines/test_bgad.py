@@ -181,7 +181,7 @@ def test_fit_and_test(make, data, engine, fiber_batch_size):
 
 
 def test_top_is_the_highest_likelihood_of_normal_positions(make, data, engine):
-    model = make(max_epochs=1, learning_rate=0.0)  # so that the flows stay as they are
+    model = make(max_epochs=1, learning_rate=0.0, fiber_batch_size=30)  # the flows stay as they are
     source = data()
     runner = engine()
     runner.fit(model, datamodule=source)
