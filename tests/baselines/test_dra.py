@@ -92,6 +92,20 @@ def test_each_head_learns_from_its_own_images(model, monkeypatch):
     assert found.item() == pytest.approx(sum(of_heads))
 
 
+def test_a_batch_is_compared_with_its_references(model, monkeypatch):
+    image, reference = images("batch", 3, SIZE), images("reference", 2, SIZE)
+    monkeypatch.setattr(model, "features", lambda pixels: [pixels, 2 * pixels])
+    monkeypatch.setattr(model, "image_scores", lambda heads: [torch.zeros(3)] * 4)
+    compared = []
+    monkeypatch.setattr(model, "head_scores", lambda *features: compared.extend(features))
+    model.loss(image, torch.tensor([NORMAL, SEEN, PSEUDO]), reference)
+    (x, doubled), (mean, mean_doubled) = compared
+    assert torch.equal(x, image)
+    assert torch.equal(doubled, 2 * image)
+    torch.testing.assert_close(mean, (reference[0] + reference[1]) / 2)
+    torch.testing.assert_close(mean_doubled, reference[0] + reference[1])
+
+
 @pytest.mark.parametrize(("share", "expected"), [(0.5, 3.5), (0.25, 4), (0.01, 4), (1, 2.5)])
 def test_top_mean(share, expected):
     patches = torch.tensor([[[1.0, 4.0], [3.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]]])
