@@ -20,7 +20,15 @@ from anomalib_mvfa import plugin
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 DATA_NAMES = ("BMADFewShot", "BMADLeaveOneOut", "BMADOneClass", "FewShot", "FullNormal", "LeaveOneOut", "Phantom")
-MODEL_NAMES = {"april_gan": "AprilGan", "clip": "Clip", "mvfa": "Mvfa"}
+MODEL_NAMES = {
+    "april_gan": "AprilGan",
+    "bgad": "Bgad",
+    "clip": "Clip",
+    "dra": "Dra",
+    "med_clip": "MedClip",
+    "mkd": "Mkd",
+    "mvfa": "Mvfa",
+}
 
 
 def python(code: str, *options: str, **environment: str) -> str:

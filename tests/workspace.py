@@ -18,8 +18,16 @@ BLOCKS = {6: 1, 12: 2, 18: 3, 24: 4}
 SMALL = {
     "AnomalyDINO": {"encoder_name": "vit_small_patch14_dinov2"},
     "AprilGan": {"backbone": "weights/tiny.json", "image_size": 56, "max_epochs": 1},
+    "Bgad": {
+        "backbone": "resnet18",
+        "layers": ["layer3"],
+        "image_size": 64,
+        "coupling_blocks": 1,
+        "warmup_epochs": 0,
+    },
     "Cflow": {"backbone": "resnet18", "layers": ["layer3"], "coupling_blocks": 1},
     "Clip": {"backbone": "weights/tiny.json", "image_size": 56},
+    "Dra": {"image_size": 128},
     "FoundAD": {"encoder_name": "dinov2_vit_small_14", "image_size": 56, "pred_depth": 1},
     "Mvfa": {"backbone": "weights/tiny.json", "image_size": 56, "max_epochs": 1},
     "Patchcore": {"backbone": "resnet18", "layers": ["layer3"]},

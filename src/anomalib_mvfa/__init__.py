@@ -5,7 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .baselines.april_gan import AprilGan
+    from .baselines.bgad import Bgad
     from .baselines.clip import Clip
+    from .baselines.dra import Dra
+    from .baselines.med_clip import MedClip
+    from .baselines.mkd import Mkd
     from .baselines.winclip import WinClipBaseline
     from .checkpoint import load_adapters, save_adapters
     from .data import BMADFewShot, BMADLeaveOneOut, BMADOneClass, FewShot, FullNormal, LeaveOneOut, Phantom
@@ -20,10 +24,14 @@ __all__ = [
     "BMADFewShot",
     "BMADLeaveOneOut",
     "BMADOneClass",
+    "Bgad",
     "Clip",
+    "Dra",
     "FewShot",
     "FullNormal",
     "LeaveOneOut",
+    "MedClip",
+    "Mkd",
     "Mvfa",
     "MvfaModel",
     "Phantom",
@@ -40,10 +48,14 @@ _HOMES = {
     "BMADFewShot": ".data",
     "BMADLeaveOneOut": ".data",
     "BMADOneClass": ".data",
+    "Bgad": ".baselines.bgad",
     "Clip": ".baselines.clip",
+    "Dra": ".baselines.dra",
     "FewShot": ".data",
     "FullNormal": ".data",
     "LeaveOneOut": ".data",
+    "MedClip": ".baselines.med_clip",
+    "Mkd": ".baselines.mkd",
     "Mvfa": ".model.lightning_model",
     "MvfaModel": ".model.torch_model",
     "Phantom": ".data",

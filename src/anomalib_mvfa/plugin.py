@@ -13,7 +13,7 @@ from types import ModuleType
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 _NAMES = {
-    "anomalib.models": ("AprilGan", "Clip", "Mvfa", "WinClipBaseline"),
+    "anomalib.models": ("AprilGan", "Bgad", "Clip", "Dra", "MedClip", "Mkd", "Mvfa", "WinClipBaseline"),
     "anomalib.data": (
         "BMADFewShot",
         "BMADLeaveOneOut",

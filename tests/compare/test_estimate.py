@@ -45,11 +45,13 @@ def test_a_probe_counts_images_and_epochs(comparison, tmp_path, monkeypatch):
     assert estimate.seconds(mvfa) == 0.5 * (6 + 3 * 7 * 44)
 
 
-@pytest.mark.parametrize("name", ["Patchcore", "Mvfa", "Clip", "AprilGan", "WinClipBaseline"])
+@pytest.mark.parametrize("name", ["Patchcore", "Mvfa", "Clip", "AprilGan", "WinClipBaseline", "Dra"])
 def test_models_are_timed_without_downloads(comparison, tiny_config, tmp_path, name):
     arguments = {"backbone": str(tiny_config), "pretrained": "openai", "image_size": 56}
     if name == "Patchcore":
         arguments = {"backbone": "resnet18"}
+    if name == "Dra":  # scores nothing before it is fitted
+        arguments = {"image_size": 128, "pre_trained": True}
     if name == "WinClipBaseline":
         del arguments["image_size"]
     method = {"protocol": "few_normal", "model": {"class_path": name, "init_args": arguments}}

@@ -80,6 +80,27 @@ def test_images_of_sources_without_validation_are_the_same_too(comparison, tmp_p
     assert 0 < len(tested[0]) < 6
 
 
+def test_a_method_may_be_for_some_categories(comparison, caplog):
+    before = {job.folder: job.digest for job in comparison().jobs()}
+    changed = comparison(seeds=[0, 1])
+    changed.methods["PatchCore"].categories = ["Brain"]
+    jobs = changed.jobs()
+    assert [(job.name, job.category) for job in jobs] == 2 * [
+        ("PatchCore", "Brain"),
+        ("MVFA", "Brain"),
+        ("MVFA", "Chest"),
+    ]
+    assert all(before[job.folder] == job.digest for job in jobs if job.seed == 0)  # what has finished stays so
+    assert caplog.text == ""
+
+
+def test_categories_of_a_method_that_are_not_compared_are_named(comparison, caplog):
+    changed = comparison(categories=["Chest"])
+    changed.methods["PatchCore"].categories = ["Brain", "Chest"]
+    assert [job.name for job in changed.jobs()] == ["PatchCore", "MVFA"]
+    assert "methods.PatchCore.categories: ['Brain'] not compared; Chest are." in caplog.text
+
+
 def test_a_comparison_survives_its_file(comparison, tmp_path):
     plan = comparison(weights={"MVFA": None}, title="Ä & <b>", group_by=r"p(\d)")
     plan.save(tmp_path / "config.yaml")
@@ -135,6 +156,14 @@ MISTAKES = {
     "unknown key": (
         {"methods": {"A": {"protocol": "few_shot", "model": {"class_path": "Padim"}, "epochs": 3}}},
         r"unknown \['epochs'\]",
+    ),
+    "no category": (
+        {"methods": {"A": {"protocol": "few_shot", "model": {"class_path": "Padim"}, "categories": []}}},
+        r"methods.A.categories=\[\] must be a list with at least one",
+    ),
+    "no list": (
+        {"methods": {"A": {"protocol": "few_shot", "model": {"class_path": "Padim"}, "categories": "Brain"}}},
+        "methods.A.categories='Brain' must be a list",
     ),
     "no method": ({"methods": {}}, "methods=.* must name at least one"),
     "no seed": ({"seeds": []}, "seeds=.* must name at least one"),

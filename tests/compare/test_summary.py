@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 from fake_run import make_row, write_config, write_job
 from sklearn.metrics import roc_auc_score
 
@@ -162,6 +163,18 @@ def test_a_method_without_a_job_lacks_all(tmp_path):
     write_config(tmp_path, ["A", "B"], seeds=[0])
     write_job(tmp_path, make_row("A", "zero_shot", "Brain", None, 0, image=0.9))
     assert lacking(read_outcome(tmp_path)) == [("B", None, None, [0])]
+
+
+def test_a_method_for_some_categories_lacks_no_others(tmp_path):
+    methods = {"A": {"categories": ["Brain"]}, "B": None, "C": {"categories": ["Liver"]}}
+    write_config(tmp_path, ["A", "B", "C"], categories=["Brain", "Chest"], seeds=[0], k_shots=[4])
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "methods": methods}))
+    for method, category in (("A", "Brain"), ("A", "Chest"), ("B", "Brain")):
+        write_job(tmp_path, make_row(method, "few_shot", category, 4, 0, image=0.9))
+    outcome = read_outcome(tmp_path)
+    assert [(row.method, row.category) for row in outcome.rows] == [("A", "Brain"), ("B", "Brain")]
+    assert lacking(outcome) == [("B", "Chest", 4, [0])]
 
 
 def test_the_paper_stands_beside_its_own_k_and_protocol_and_never_beside_random_weights(tmp_path):

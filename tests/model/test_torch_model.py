@@ -505,7 +505,8 @@ def test_bank_holds_normal_tokens_of_branches_in_use(build, map_branch, image_sc
     for bank, is_stored in zip((model.bank.seg, model.bank.det), stored, strict=True):
         assert bank.shape == (rows if is_stored else (0,))
     model.memorise(views(NORMAL[:1], per_image=3))
-    assert getattr(model.bank, map_branch).shape == (3, 3 * 17, TINY.config["embed_dim"]), "the old rows are still there"
+    rows = getattr(model.bank, map_branch)
+    assert rows.shape == (3, 3 * 17, TINY.config["embed_dim"]), "the old rows are still there"
 
 
 def test_support_without_normal_image_is_refused(build):

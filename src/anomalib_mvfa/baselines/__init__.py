@@ -1,1 +1,1 @@
-"""Models to compare MVFA with, made of its parts."""
+"""Models to compare MVFA with."""

@@ -79,7 +79,32 @@ class ClipModel(MvfaModel):
         del tokens, branch, text_features
 
 
-class Clip(LightningMixin, AnomalibModule):
+class FrozenMixin(LightningMixin):
+    """Of models that train nothing and have no texts; to be named before ``AnomalibModule``."""
+
+    def _defaults(self) -> dict[str, Any]:
+        """Return what the data imply.
+
+        Raises:
+            ValueError: They have no normal images of what is tested.
+        """
+        defaults = super()._defaults()
+        if defaults["few_shot_weight"] == 0:
+            msg = (
+                f"{type(self).__name__} needs normal images of what is tested, and the data's protocol "
+                f"{defaults['protocol']} has none. Give a FewShot datamodule or one with normal training images."
+            )
+            raise ValueError(msg)
+        del defaults["learning_rate"]
+        return {**defaults, "zero_shot_weight": 0.0, "few_shot_weight": 1.0}
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """One epoch, after which the bank is built, of one batch: steps do nothing."""
+        return {**super().trainer_arguments, "max_epochs": 1, "limit_train_batches": 1}
+
+
+class Clip(FrozenMixin, AnomalibModule):
     """CLIP as it is: nothing is trained, and images are compared with normal ones of their kind.
 
     Abnormal support images serve calibration and thresholds only.
@@ -136,24 +161,3 @@ class Clip(LightningMixin, AnomalibModule):
         self._adopt(ClipModel(backbone, pretrained, image_size, levels, quick_gelu, normalize))
         # Distributed training refuses a module without a weight that learns.
         self.unused = nn.Parameter(torch.zeros(1))
-
-    def _defaults(self) -> dict[str, Any]:
-        """Return what the data imply.
-
-        Raises:
-            ValueError: They have no normal images of what is tested.
-        """
-        defaults = super()._defaults()
-        if defaults["few_shot_weight"] == 0:
-            msg = (
-                f"Clip needs normal images of what is tested, and the data's protocol {defaults['protocol']} has none. "
-                "Give a FewShot datamodule or one with normal training images."
-            )
-            raise ValueError(msg)
-        del defaults["learning_rate"]
-        return {**defaults, "zero_shot_weight": 0.0, "few_shot_weight": 1.0}
-
-    @property
-    def trainer_arguments(self) -> dict[str, Any]:
-        """One epoch, after which the bank is built, of one batch: steps do nothing."""
-        return {**super().trainer_arguments, "max_epochs": 1, "limit_train_batches": 1}

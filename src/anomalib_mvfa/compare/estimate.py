@@ -88,7 +88,7 @@ def _forward(job: Job, datamodule: Any) -> tuple[float, float] | None:  # noqa: 
 @torch.no_grad()
 def _pass(model: Any, image: torch.Tensor) -> float | None:  # noqa: ANN401  # any torch model
     """Return seconds of a forward pass; of the backbone alone where a model can't run before it is fitted."""
-    parts = [getattr(model, name) for name in ("tokens", "encode_image") if hasattr(model, name)]
+    parts = [getattr(model, name) for name in ("tokens", "encode_image", "features") if hasattr(model, name)]
     for run in (model, *parts):
         took = []
         try:

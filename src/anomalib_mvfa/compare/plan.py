@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,6 +13,8 @@ from anomalib.data import AnomalibDataModule, get_datamodule
 
 from ..data.protocols import FewShot, FullNormal, LeaveOneOut
 from .results import Row, read_row
+
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 Protocol = Literal["full_normal", "few_normal", "few_shot", "leave_one_out", "zero_shot"]
 WITH_SHOTS = ("few_normal", "few_shot")
@@ -31,12 +34,15 @@ class Method:
             ``k_shot``, ``seed`` or ``class_name``, the job sets those that are not given here.
         data: Arguments of the protocol's datamodule, such as ``train_batch_size``.
         trainer: Arguments of Lightning's trainer, such as ``max_epochs``.
+        categories: Those of the comparison's categories that it is for, all by default: one that learns from masks is
+            for those that have some.
     """
 
     protocol: Protocol
     model: dict[str, Any]
     data: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
+    categories: list[str] | None = None
 
 
 @dataclass
@@ -99,6 +105,9 @@ class Comparison:
                 raise ValueError(msg)
             if "class_path" not in method.model:
                 msg = f"methods.{name}.model={method.model!r} must be a mapping with class_path and init_args."
+                raise ValueError(msg)
+            if method.categories is not None and not (isinstance(method.categories, list) and method.categories):
+                msg = f"methods.{name}.categories={method.categories!r} must be a list with at least one category."
                 raise ValueError(msg)
         for name, values in (("methods", self.methods), ("k_shots", self.k_shots), ("seeds", self.seeds)):
             if not values or len(set(values)) != len(values):
@@ -167,6 +176,9 @@ class Comparison:
         if alone and len(sources) < 2:
             msg = f"leave_one_out ({', '.join(alone)}) needs at least two categories; there is {', '.join(sources)}."
             raise ValueError(msg)
+        for name, method in self.methods.items():
+            if unknown := sorted(set(method.categories or ()) - set(sources)):
+                logger.warning("methods.%s.categories: %s not compared; %s are.", name, unknown, ", ".join(sources))
         return [
             Job(
                 name=name,
@@ -186,7 +198,7 @@ class Comparison:
             for position, k_shot in enumerate(self.k_shots)
             for category in sources
             for name, method in self.methods.items()
-            if position == 0 or method.protocol in WITH_SHOTS
+            if (position == 0 or method.protocol in WITH_SHOTS) and category in (method.categories or sources)
         ]
 
 
@@ -237,6 +249,7 @@ class Job:
         asked["sources"] = asked["sources"] if self.method.protocol == "leave_one_out" else self.sources[self.category]
         for name in ("is_first", "accelerator"):
             del asked[name]
+        del asked["method"]["categories"]  # of which this job is one
         if self.weights not in {None, MODEL_DEFAULT} and (file := Path(str(self.weights))).is_file():
             asked["weights_size"] = file.stat().st_size
         return _digest(json.dumps(asked, sort_keys=True, default=str))

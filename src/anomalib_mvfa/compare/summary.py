@@ -50,6 +50,7 @@ class Outcome:
         group_by: See :func:`~anomalib_mvfa.intervals.bootstrap`.
         rows: Finished jobs, in the order of tables.
         failed: Failed jobs, likewise.
+        only: Categories of methods that are not for all, by method.
     """
 
     title: str
@@ -61,6 +62,7 @@ class Outcome:
     group_by: str | None
     rows: list[Row]
     failed: list[Row]
+    only: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,9 @@ def read_outcome(run: Path) -> Outcome:
         )
         raise FileNotFoundError(msg)
     methods = [str(name) for name in config["methods"]]
+    only = {
+        name: method["categories"] for name, method in config["methods"].items() if (method or {}).get("categories")
+    }
     asked = {"method": methods, "category": config.get("categories"), "seed": config.get("seeds")}
     k_shots = config.get("k_shots") or []
     rows = [
@@ -196,6 +201,7 @@ def read_outcome(run: Path) -> Outcome:
         for row in read_rows(run)
         if all(values is None or getattr(row, name) in values for name, values in asked.items())
         and (row.k_shot is None or not k_shots or row.k_shot in k_shots)
+        and row.category in only.get(row.method, [row.category])
     ]
     finished = [row for row in rows if row.error is None]
     if not finished:
@@ -217,6 +223,7 @@ def read_outcome(run: Path) -> Outcome:
         group_by=config.get("group_by"),
         rows=sorted(finished, key=key),
         failed=sorted((row for row in rows if row.error is not None), key=key),
+        only=only,
     )
 
 
@@ -282,13 +289,13 @@ def lacking(outcome: Outcome) -> list[tuple[str, str | None, int | None, list[in
     ended = outcome.rows + outcome.failed
     lack: list[tuple[str, str | None, int | None, list[int]]] = []
     for method in outcome.methods:
+        categories = [name for name in outcome.categories if name in outcome.only.get(method, outcome.categories)]
         own = [row for row in ended if row.method == method]
-        if not own:
+        if not own and categories:
             lack.append((method, None, None, outcome.seeds))
             continue
-        each_k: list[int | None] = [None] if own[0].k_shot is None else [*outcome.k_shots]
-        for category in outcome.categories:
-            for k_shot in each_k:
+        for category in categories:
+            for k_shot in [None] if own[0].k_shot is None else outcome.k_shots:
                 there = {row.seed for row in own if (row.category, row.k_shot) == (category, k_shot)}
                 if seeds := [seed for seed in outcome.seeds if seed not in there]:
                     lack.append((method, category, k_shot, seeds))

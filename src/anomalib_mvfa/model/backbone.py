@@ -3,7 +3,6 @@
 Axes: B images, L tokens (class token first), P = G*G patches, D width of the image tower, E joint width.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -19,13 +18,11 @@ from torch import nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from .linear import linear
+from .weight_files import RANDOM_SEED, State, fingerprint, first_line, load_state, read_state
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
-RANDOM_SEED = 0
-"""Of the weights that ``pretrained=None`` draws, so that a backbone is a function of its arguments."""
 TEXT_BATCH = 64
-FINGERPRINT_SAMPLES = 64
 
 _HUGGING_FACE = {"hf_model_name", "hf_tokenizer_name"}  # of text towers that need the package transformers
 _NOT_PARAMETERS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives
@@ -223,7 +220,7 @@ def _read_weights(
     pretrained: str | None,
     config: dict[str, Any],
     quick_gelu: bool,
-) -> dict[str, torch.Tensor]:
+) -> State:
     if pretrained is None:
         logger.warning("pretrained=None: the backbone %s has random weights. Scores mean nothing clinically.", backbone)
         # Drawn at the config's own image size, like pretrained weights, so that they do not depend on `image_size`.
@@ -249,67 +246,23 @@ def _read_weights(
     try:
         return _read_file(Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(backbone, pretrained))))
     except Exception as error:  # the downloaders raise whatever their transport raises
-        msg = f"The weights {pretrained!r} of {backbone} could not be had ({_first_line(error)}). {ways_out}"
+        msg = f"The weights {pretrained!r} of {backbone} could not be had ({first_line(error)}). {ways_out}"
         raise RuntimeError(msg) from error
 
 
-def _read_file(path: Path) -> dict[str, torch.Tensor]:
-    """Read a state dict from a weight file, whichever of the usual forms it has."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except RuntimeError as error:
-                if "TorchScript" not in str(error):
-                    raise
-                state = torch.jit.load(str(path), map_location="cpu").state_dict()
-    except Exception as error:
-        msg = (
-            f"pretrained={str(path)!r} cannot be read ({_first_line(error)}). It must be a state dict (.pt), a "
-            "TorchScript archive or a .safetensors file, and whole: compare its size with the source's."
-        )
-        raise ValueError(msg) from error
-    if isinstance(state, dict) and "state_dict" in state:
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        msg = f"pretrained={str(path)!r} holds no state dict: a mapping from parameter names to tensors is expected."
-        raise ValueError(msg)
-    return {key.removeprefix("module."): value for key, value in state.items() if key not in _NOT_PARAMETERS}
+def _read_file(path: Path) -> State:
+    """Read a state dict, without what OpenAI's archives hold beside parameters."""
+    return {key: value for key, value in read_state(path).items() if key not in _NOT_PARAMETERS}
 
 
-def _load(clip: nn.Module, state: dict[str, torch.Tensor], backbone: str, pretrained: str | None) -> None:
-    expected = clip.state_dict()
-    missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+def _load(clip: nn.Module, state: State, backbone: str, pretrained: str | None) -> None:
     with suppress(RuntimeError, AssertionError):  # positions of no square grid, or of another width
         resize_pos_embed(state, clip)
         resize_text_pos_embed(state, clip)
-    misshaped = [key for key in expected if key in state and state[key].shape != expected[key].shape]
-    if missing or unexpected or misshaped:
-        msg = (
-            f"The weights {pretrained!r} do not fit backbone={backbone!r}: {len(missing)} parameters missing "
-            f"{missing[:3]}, {len(unexpected)} unknown {unexpected[:3]}, {len(misshaped)} of another shape "
-            f"{misshaped[:3]}. Name the backbone that the file was made for."
-        )
-        raise ValueError(msg)
-    clip.load_state_dict(state)
+    load_state(clip, state, backbone, pretrained)
 
 
-@torch.no_grad()
 def _fingerprint(clip: nn.Module, quick_gelu: bool) -> str:
-    """Hash some values of every weight: models differ everywhere. The position grid depends on the image size."""
-    digest = hashlib.sha256(f"quick_gelu={quick_gelu}".encode())
-    for name, weight in sorted(clip.state_dict().items()):
-        if name != "visual.positional_embedding":
-            flat = weight.detach().float().flatten()
-            sample = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)]
-            digest.update(f"{name}{tuple(weight.shape)}".encode())
-            digest.update(sample.cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    """Hash the weights but for the position grid, which depends on the image size."""
+    state = {name: weight for name, weight in clip.state_dict().items() if name != "visual.positional_embedding"}
+    return fingerprint(state, f"quick_gelu={quick_gelu}")

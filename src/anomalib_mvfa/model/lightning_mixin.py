@@ -17,6 +17,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -60,9 +61,18 @@ def check_numbers(**values: float | None) -> None:
         "zero_shot_weight": (0, None),
         "few_shot_weight": (0, None),
         "learning_rate": (0, None),
+        "value_weight": (0, None),
         "max_epochs": (1, None),
         "bank_images": (1, None),
         "coreset": (0.001, 1),
+        "references": (1, None),
+        "top_share": (0, 1),
+        "coupling_blocks": (1, None),
+        "fiber_batch_size": (1, None),
+        "boundary_share": (0, 0.5),
+        "boundary_weight": (0, None),
+        "margin": (0, None),
+        "warmup_epochs": (0, None),
     }
     for name, value in values.items():
         low, high = bounds[name]
@@ -70,6 +80,28 @@ def check_numbers(**values: float | None) -> None:
             allowed = f"at least {low}" if high is None else f"between {low} and {high}"
             msg = f"{name}={value} must be {allowed}."
             raise ValueError(msg)
+
+
+def plan_epochs(trainer: Trainer, max_epochs: int) -> None:
+    """Train for ``max_epochs`` unless the trainer is told otherwise, validate after the last, and save after each."""
+    loop = trainer.fit_loop
+    if loop.max_epochs == LIGHTNING_MAX_EPOCHS:
+        loop.max_epochs = max_epochs
+    monitored = any(getattr(callback, "monitor", None) for callback in trainer.checkpoint_callbacks)
+    if trainer.check_val_every_n_epoch == 1 and (loop.max_epochs or 0) > 1 and not monitored:
+        trainer.check_val_every_n_epoch = loop.max_epochs
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is None:
+            callback._save_on_train_epoch_end = True  # noqa: SLF001  # there is no public way to change it
+
+
+def dataset_of(trainer: Trainer, kind: str) -> Any:  # noqa: ANN401  # any dataset of anomalib items
+    """Return the dataset behind a trainer's "train", "val" or "test" loader, None where there is none to see."""
+    loops = {"train": trainer.fit_loop, "val": trainer.validate_loop, "test": trainer.test_loop}
+    loader = getattr(loops[kind], "_data_source", None)
+    loader = getattr(loader, "instance", None)
+    loader = loader[0] if isinstance(loader, list) and loader else loader
+    return getattr(loader, "dataset", None) if isinstance(loader, DataLoader) else None
 
 
 DEFAULT_BACKBONE = os.environ.get("ANOMALIB_MVFA_BACKBONE", "ViT-L-14-336")
@@ -199,29 +231,17 @@ class LightningMixin(_Host):
         )
 
     def _plan_epochs(self) -> None:
-        """Train for ``max_epochs`` unless told otherwise, validate after the last, and save after each."""
-        loop = self.trainer.fit_loop
-        if loop.max_epochs == LIGHTNING_MAX_EPOCHS:
-            loop.max_epochs = self.hparams["max_epochs"] if self._learns else 1
+        """Settle how long to train, and say so where there is nothing to learn."""
+        plan_epochs(self.trainer, self.hparams["max_epochs"] if self._learns else 1)
         if self._trainable and not self._learns:
             logger.warning(
                 "The training data hold no abnormal image: the adapters are not trained, and only the memory bank is "
                 "built. Use a FewShot datamodule to learn from labelled images.",
             )
-        monitored = any(getattr(callback, "monitor", None) for callback in self.trainer.checkpoint_callbacks)
-        if self.trainer.check_val_every_n_epoch == 1 and (loop.max_epochs or 0) > 1 and not monitored:
-            self.trainer.check_val_every_n_epoch = loop.max_epochs
-        for callback in self.trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.monitor is None:
-                callback._save_on_train_epoch_end = True  # noqa: SLF001  # there is no public way to change it
 
     def _dataset(self, kind: str) -> Any:  # noqa: ANN401  # any dataset of anomalib items
         """Dataset behind the trainer's loaders, for runs without a datamodule."""
-        loops = {"train": self.trainer.fit_loop, "val": self.trainer.validate_loop, "test": self.trainer.test_loop}
-        loader = getattr(loops[kind], "_data_source", None)
-        loader = getattr(loader, "instance", None)
-        loader = loader[0] if isinstance(loader, list) and loader else loader
-        return getattr(loader, "dataset", None) if isinstance(loader, DataLoader) else None
+        return dataset_of(self.trainer, kind)
 
     # ------------------------------------------------------------------ training
 

@@ -4,9 +4,11 @@ Torch multiplies float32 matrices on x86 by MKL, which leaves AVX-512 alone on p
 other library, oneDNN, does not, and there takes half the time.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 _HAS_ONEDNN = (
@@ -45,7 +47,7 @@ class Linear(nn.Linear):
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         _HAS_ONEDNN
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
@@ -61,14 +63,19 @@ class _Linear(torch.autograd.Function):
     """The operator has no gradient of its own."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(  # torch's contract
+        ctx: Any,  # noqa: ANN401
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
         learns = ctx.needs_input_grad[1]
         ctx.save_for_backward(x if learns else None, weight)
         return _onednn(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         gradient = gradient.contiguous()

@@ -62,14 +62,14 @@ def spread_out(rows: torch.Tensor, share: float, seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
         sampler = KCenterGreedy(rows, share)
         # A generator: by a mere seed, every direction of the projection would be made of the same features.
-        sampler.model.random_state = np.random.RandomState(seed)  # type: ignore[assignment]  # noqa: NPY002  # sklearn's
+        sampler.model.random_state = np.random.RandomState(seed)  # type: ignore[assignment]  # sklearn's
         return torch.tensor(sampler.select_coreset_idxs(), device=rows.device).sort().values
 
 
 class MemoryBank(DynamicBufferMixin):
     """Normal tokens of both branches; a branch that is not in use stays empty.
 
-    Buffers ``seg`` and ``det``: unit rows ``(l, M, E)``, float32, saved with the model; M is ``N * L`` or a share of it.
+    Buffers ``seg`` and ``det``: unit rows ``(l, M, E)``, float32, saved with the model; M is ``N * L`` or a share.
 
     Args:
         coreset: Share of the tokens of a level that are kept, by :func:`spread_out`; all by default.
@@ -138,6 +138,15 @@ class MemoryBank(DynamicBufferMixin):
         Raises:
             RuntimeError: The branch's bank is empty.
         """
+        bank = self._rows(branch)
+        kept = [None] * len(bank) if keep is None else [keep[views] for views in self._views[branch]]
+        return [
+            nearest_distance(query[:, 1:], rows, of_rows)
+            for query, rows, of_rows in zip(tokens, bank, kept, strict=True)
+        ]
+
+    def _rows(self, branch: str) -> torch.Tensor:
+        """A branch's rows, which there must be."""
         bank = getattr(self, branch)
         if bank.numel() == 0:
             msg = (
@@ -145,8 +154,4 @@ class MemoryBank(DynamicBufferMixin):
                 "test with a datamodule that offers support images, or set few_shot_weight to 0."
             )
             raise RuntimeError(msg)
-        kept = [None] * len(bank) if keep is None else [keep[views] for views in self._views[branch]]
-        return [
-            nearest_distance(query[:, 1:], rows, of_rows)
-            for query, rows, of_rows in zip(tokens, bank, kept, strict=True)
-        ]
+        return bank

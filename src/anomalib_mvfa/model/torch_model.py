@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from anomalib.data import InferenceBatch
@@ -152,7 +152,7 @@ class MvfaModel(nn.Module):
         self.pooling = pooling
         self.upsample = upsample
 
-        self.backbone = ClipBackbone(backbone, pretrained, image_size, quick_gelu)
+        self.backbone = self._new_backbone(backbone, pretrained, image_size, quick_gelu)
         self.levels = _check_levels("levels", levels, self.backbone.depth)
         self._trained = self._positions("train_levels", train_levels)
         self._scored = self._positions("score_levels", score_levels)
@@ -207,7 +207,8 @@ class MvfaModel(nn.Module):
         frozen = self.frozen_tokens(image, first_only=self._adapts_stream)
         tokens = Tokens([], [])
         for position in range(last + 1):
-            seg_adapter, det_adapter = self.seg_adapters[position], self.det_adapters[position]
+            seg_adapter: Any = self.seg_adapters[position]
+            det_adapter: Any = self.det_adapters[position]
             if position < len(frozen):
                 x = frozen[position]
             else:
@@ -417,12 +418,20 @@ class MvfaModel(nn.Module):
             det_scores.append(pool_patches(logits.softmax(dim=-1)[..., 1], self.pooling))
         return TrainingOutput(seg_maps, det_scores)
 
+    def _new_backbone(self, backbone: str, pretrained: str | None, image_size: int, quick_gelu: bool) -> ClipBackbone:
+        """The frozen network."""
+        return ClipBackbone(backbone, pretrained, image_size, quick_gelu)
+
     def _new_adapters(self, adaptation: str) -> BranchAdapters:
         """Adapters of one branch."""
         return BranchAdapters(len(self.levels), self.backbone.width, self.backbone.joint_width, adaptation)
 
     def _embed(self, image: torch.Tensor) -> torch.Tensor:
         """Tokens ``(B, L, D)`` that enter the first block."""
+        return self.backbone.embed(self._checked(image))
+
+    def _checked(self, image: torch.Tensor) -> torch.Tensor:
+        """Images of the right size, as the backbone wants them."""
         if image.shape[-2] != self.image_size or image.shape[-1] != self.image_size:
             msg = (
                 f"Images of {image.shape[-2]}x{image.shape[-1]} pixels reached a model of "
@@ -432,7 +441,7 @@ class MvfaModel(nn.Module):
         image = image.clamp(0, 1)
         if self.normalize:
             image = (image - self.backbone.mean) / self.backbone.std
-        return self.backbone.embed(image)
+        return image
 
     @property
     def _last_in_use(self) -> int:

@@ -1,0 +1,98 @@
+"""Weights of frozen backbones: read from files, fitted to networks, and told apart."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+RANDOM_SEED = 0
+"""Of the weights that ``pretrained=None`` draws, so that a backbone is a function of its arguments."""
+SAMPLES = 64
+"""Values of a parameter that make up its part of a fingerprint."""
+
+State = dict[str, torch.Tensor]
+
+
+def read_state(path: Path) -> State:
+    """Read a state dict, whichever of the usual forms its file has: .pt, TorchScript archive or safetensors.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: It cannot be read, or holds something else.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except RuntimeError as error:
+                if "TorchScript" not in str(error):
+                    raise
+                state = torch.jit.load(str(path), map_location="cpu").state_dict()
+    except Exception as error:
+        msg = (
+            f"pretrained={str(path)!r} cannot be read ({first_line(error)}). It must be a state dict (.pt), a "
+            "TorchScript archive or a .safetensors file, and whole: compare its size with the source's."
+        )
+        raise ValueError(msg) from error
+    if isinstance(state, dict) and "state_dict" in state:
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        msg = f"pretrained={str(path)!r} holds no state dict: a mapping from parameter names to tensors is expected."
+        raise ValueError(msg)
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], backbone: str, pretrained: str | None) -> None:
+    """Load a state dict, which must fit.
+
+    Args:
+        network: Receives it.
+        state: All of its parameters and buffers, and no others.
+        backbone: What errors call the network.
+        pretrained: What they call the state.
+
+    Raises:
+        ValueError: It does not fit; the network is unchanged.
+    """
+    expected = network.state_dict()
+    missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+    misshaped = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    if missing or unexpected or misshaped:
+        msg = (
+            f"The weights {pretrained!r} do not fit backbone={backbone!r}: {len(missing)} parameters missing "
+            f"{missing[:3]}, {len(unexpected)} unknown {unexpected[:3]}, {len(misshaped)} of another shape "
+            f"{misshaped[:3]}. Name the backbone that the file was made for."
+        )
+        raise ValueError(msg)
+    network.load_state_dict(state)
+
+
+@torch.no_grad()
+def fingerprint(state: Mapping[str, torch.Tensor], note: str = "") -> str:
+    """Hash some values of every weight: models differ everywhere.
+
+    Args:
+        state: The weights.
+        note: What else tells backbones apart.
+    """
+    digest = hashlib.sha256(note.encode())
+    for name, weight in sorted(state.items()):
+        flat = weight.detach().float().flatten()
+        sample = flat[:: max(1, flat.numel() // SAMPLES)]
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(sample.cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def first_line(error: Exception) -> str:
+    """Return an error's kind, and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

@@ -1,0 +1,292 @@
+"""Mkd against its losses by hand, and in anomalib's engine."""
+
+import copy
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from anomalib import LearningType
+from scipy.ndimage import gaussian_filter, grey_opening
+from torch import nn
+from torchvision.models.vgg import cfgs, make_layers
+
+from anomalib_mvfa import BMADOneClass, Mkd
+from anomalib_mvfa.baselines import mkd
+from anomalib_mvfa.baselines.mkd import MkdModel, discrepancy, opening
+from anomalib_mvfa.compare.weights import Origin, build_model
+from recipe import images, lesioned
+
+SIZE = 64
+CROSS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]])
+
+
+@pytest.fixture(autouse=True)
+def small_teacher(monkeypatch):
+    """Make VGG-11 without its classifier, which is most of it."""
+
+    def features(backbone, pre_trained):
+        assert (backbone, pre_trained) == ("vgg11", False)
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            layers = make_layers(cfgs["A"])
+            for layer in layers:
+                if isinstance(layer, nn.Conv2d):
+                    nn.init.kaiming_normal_(layer.weight)  # torch's own default fades from layer to layer
+        return layers
+
+    monkeypatch.setattr(mkd, "_features", features)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return MkdModel("vgg11", pre_trained=False, value_weight=0.3).eval()
+
+
+@pytest.fixture
+def make():
+    return lambda **more: Mkd(
+        **{"backbone": "vgg11", "pre_trained": False, "image_size": SIZE, "visualizer": False, **more}
+    )
+
+
+@pytest.fixture
+def full_normal(categories):
+    return lambda category="Brain": BMADOneClass(categories, category, train_batch_size=2, num_workers=0)
+
+
+# ---------------------------------------------------------------------- losses and scores
+
+
+def test_discrepancy_by_hand():
+    student = torch.tensor([[3.0, 4.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]).view(2, 1, 2, 2)
+    teacher = torch.tensor([[4.0, 3.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0]]).view(2, 1, 2, 2)
+    # 1 - 24 / 25 and (1 + 1) / 4; 1 - 0 and (1 + 4) / 4
+    expected = torch.tensor([0.04 + 0.1 * 0.5, 1.0 + 0.1 * 1.25])
+    torch.testing.assert_close(discrepancy(student, teacher, 0.1), expected)
+
+
+def activations(model, image, kind):
+    """Activations after the poolings of a network that is one list of layers."""
+    x, found = image, []
+    for layer in (layer for block in getattr(model, kind) for layer in block):
+        x = layer(x)
+        if isinstance(layer, nn.MaxPool2d):
+            found.append(x.flatten(1))
+    return found
+
+
+def losses_by_hand(model, image):
+    pairs = zip(activations(model, image, "student"), activations(model, image, "teacher"), strict=True)
+    return [
+        1 - (s * t).sum(1) / (s.norm(dim=1) * t.norm(dim=1)) + model.value_weight * ((s - t) ** 2).mean(1)
+        for s, t in list(pairs)[1:]
+    ]
+
+
+def test_training_counts_four_blocks_and_scores_three(model):
+    image = images("mkd", 3, SIZE)
+    of_blocks = losses_by_hand(model, image)
+    assert len(of_blocks) == 4
+    torch.testing.assert_close(model(image).pred_score, sum(of_blocks[1:]))
+    assert model(image).pred_score.std() > 0
+    model.train()
+    for layer in model.student.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eval()  # as above, with the statistics that it has
+    torch.testing.assert_close(model(image), sum(of_blocks))
+
+
+def test_map_by_hand(model):
+    image = images("mkd", 2, SIZE).requires_grad_()
+    sum(loss.sum() for loss in losses_by_hand(model, image)[1:]).backward()
+    saliency = image.grad.abs().sum(1).numpy()
+    # scipy calls "mirror" what torch calls "reflect"
+    expected = [grey_opening(gaussian_filter(one, 4, mode="mirror"), footprint=CROSS) for one in saliency]
+    found = model(image).anomaly_map
+    assert found.shape == (2, SIZE, SIZE)
+    assert not found.requires_grad
+    np.testing.assert_allclose(found, np.stack(expected), rtol=1e-4)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_map_needs_no_gradients_around_it(model, context):
+    image = images("mkd", 2, SIZE)
+    expected = model(image)
+    with context():
+        found = model(image * 1.0)
+    assert torch.equal(found.anomaly_map, expected.anomaly_map)
+    assert found.anomaly_map.max() > 0
+
+
+def test_a_student_that_equals_its_teacher_finds_nothing(model):
+    other = images("mkd", 2, SIZE)
+    before = model(other)
+    model.student = copy.deepcopy(model.teacher)
+    after = model(other)
+    assert after.pred_score.abs().max() < 1e-5 < before.pred_score.min()
+    assert after.anomaly_map.max() < 1e-3 * before.anomaly_map.max()
+    assert model.train()(other).abs().max() < 1e-5
+
+
+def test_score_depends_on_no_other_image(model):
+    image = images("mkd", 3, SIZE)
+    together, alone = model(image), model(image[1:2])
+    torch.testing.assert_close(together.pred_score[1:2], alone.pred_score)
+    torch.testing.assert_close(together.anomaly_map[1:2], alone.anomaly_map)
+
+
+def test_overshoots_of_the_resize_are_clamped(model):
+    image = images("mkd", 1, SIZE)
+    beyond = torch.where(image > 0.8, 1.2, image)
+    assert torch.equal(model(beyond).pred_score, model(beyond.clamp(0, 1)).pred_score)
+
+
+def test_opening():
+    maps = torch.rand(2, 1, 12, 9, generator=torch.Generator().manual_seed(0))
+    expected = np.stack([grey_opening(one[0], footprint=CROSS) for one in maps.numpy()])[:, None]
+    np.testing.assert_array_equal(opening(maps), expected)
+    # As opening the regions above each threshold
+    for threshold in (0.3, 0.6):
+        assert torch.equal(opening(maps) > threshold, opening((maps > threshold).float()) > 0)
+    dot = torch.zeros(1, 1, 7, 7)
+    dot[..., 3, 3] = 1
+    assert opening(dot).max() == 0
+
+
+def test_student_of_vgg16():
+    teacher = mkd._blocks(make_layers(cfgs["D"]))
+    student = mkd._student(teacher)
+    layers = [layer for block in student for layer in block]
+    convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+    widths = [16, 16, 16, 128, 16, 16, 256, 16, 16, 512, 16, 16, 512]  # as published
+    assert [layer.out_channels for layer in convolutions] == widths
+    assert not any(layer.bias is not None for layer in convolutions)
+    after_norm = [
+        layer for layer, following in zip(layers, layers[2:], strict=False) if isinstance(following, nn.MaxPool2d)
+    ]
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in after_norm)  # nothing is normalised before a pooling
+    assert sum(isinstance(layer, nn.BatchNorm2d) for layer in layers) == len(widths) - 5
+    x = y = torch.rand(1, 3, 32, 32)
+    for number, (ours, theirs) in enumerate(zip(student, teacher, strict=True)):
+        x, y = ours(x), theirs(y)
+        assert (x.shape == y.shape) == (number > 0)
+
+
+# ---------------------------------------------------------------------- in the engine
+
+
+def test_a_lesion_stands_out_after_training(make):
+    torch.manual_seed(0)
+    model = make(learning_rate=5e-3).model.train()
+    normal = images("normal", 8, SIZE)
+    optimizer = torch.optim.Adam(model.student.parameters(), lr=5e-3)
+    first = None
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(normal).mean()
+        loss.backward()
+        optimizer.step()
+        first = first or loss.item()
+    assert loss < 0.5 * first
+    model.eval()
+    ill, mask = lesioned("normal", 8, SIZE)
+    of_normal, of_ill = model(normal), model(ill)
+    assert (of_ill.pred_score > of_normal.pred_score).all()
+    inside = (of_ill.anomaly_map * mask).sum() / mask.sum()
+    outside = (of_ill.anomaly_map * (1 - mask)).sum() / (1 - mask).sum()
+    assert inside > 1.2 * outside
+
+
+@pytest.mark.parametrize(("category", "has_masks"), [("Brain", True), ("Chest", False)])
+def test_fit_and_test(make, full_normal, engine, category, has_masks):
+    model, runner = make(), engine(max_epochs=2)
+    teacher, student = (copy.deepcopy(part.state_dict()) for part in (model.model.teacher, model.model.student))
+    runner.fit(model, datamodule=full_normal(category))
+    assert all(torch.equal(value, teacher[name]) for name, value in model.model.teacher.state_dict().items())
+    changed = [
+        name for name, value in model.model.student.state_dict().items() if not torch.equal(value, student[name])
+    ]
+    assert len(changed) == len(student)
+    assert not model.model.train().teacher.training
+
+    figures = runner.test(model, datamodule=full_normal(category), verbose=False)[0]
+    assert ("pixel_AUROC" in figures) == has_masks
+    assert all(0 <= value <= 1 for value in figures.values())
+    loaded = Mkd.load_from_checkpoint(runner.best_model_path, visualizer=False)
+    again = engine().test(loaded, datamodule=full_normal(category), verbose=False)[0]
+    assert again == pytest.approx(figures, abs=1e-5)
+    assert model.learning_type == LearningType.ONE_CLASS
+
+
+def test_exports(make, full_normal, engine, tmp_path, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    openvino = pytest.importorskip("openvino")
+    model, runner = make(), engine(max_epochs=1)
+    runner.fit(model, datamodule=full_normal())
+    image = images("films", 2, 80)
+    expected = model.eval()(image)
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    loaded = torch.load(runner.export(model, "torch", export_root=tmp_path), weights_only=False)["model"].eval()
+    torch.testing.assert_close(loaded(image).anomaly_map, expected.anomaly_map)
+    onnx = runner.export(model, "onnx", export_root=tmp_path)
+    session = onnxruntime.InferenceSession(str(onnx))
+    names = [output.name for output in session.get_outputs()]
+    assert set(names) == {"pred_score", "pred_label"}  # a graph cannot differentiate
+    compiled = openvino.Core().compile_model(openvino.convert_model(onnx), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for found in (dict(zip(names, session.run(None, {"input": image.numpy()}), strict=True)), compiled(image.numpy())):
+        np.testing.assert_allclose(found["pred_score"], expected.pred_score, atol=1e-5)
+    assert model(image).anomaly_map is not None
+
+
+# ---------------------------------------------------------------------- weights and mistakes
+
+
+@pytest.fixture
+def torchvisions(monkeypatch, small_teacher):
+    """Undo the small teacher: torchvision's networks, whole."""
+    monkeypatch.undo()
+
+
+def test_file_reaches_the_teacher(torchvisions, tmp_path):
+    with torch.device("meta"):
+        whole = torchvision.models.vgg11().state_dict()
+    # Expanded numbers take no room, neither here nor in the file.
+    state = {name: torch.full((), 0.01 * row).expand(value.shape) for row, (name, value) in enumerate(whole.items())}
+    torch.save(state, tmp_path / "vgg11.pth")
+    spec = {"class_path": "Mkd", "init_args": {"backbone": "vgg11", "pre_trained": True}}
+    built, origin = build_model(spec, str(tmp_path / "vgg11.pth"), visualizer=False)
+    assert origin == Origin("vgg11.pth", False)
+    names = [name for name in state if name.startswith("features")]
+    for name, weight in zip(names, built.model.teacher.state_dict().values(), strict=True):
+        assert torch.equal(weight, state[name])
+
+
+def test_random_weights_are_named(torchvisions):
+    spec = {"class_path": "Mkd", "init_args": {"backbone": "vgg11", "pre_trained": True}}
+    assert build_model(spec, None, visualizer=False)[1] == Origin("random", True)
+
+
+def test_failed_download(torchvisions, monkeypatch):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", offline)
+    with pytest.raises(RuntimeError, match=r"The weights of vgg11 could not be had .*no network.* pre_trained=false"):
+        Mkd(backbone="vgg11", pre_trained=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backbone": "resnet18"}, r"backbone='resnet18' is unknown; choose one of: vgg11, vgg13, vgg16, vgg19"),
+        ({"image_size": 31}, r"image_size=31 must be at least 32"),
+        ({"value_weight": -1.0}, r"value_weight=-1\.0 must be at least 0"),
+        ({"learning_rate": -1.0}, r"learning_rate=-1\.0 must be at least 0"),
+    ],
+)
+def test_mistakes(make, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(**arguments)
