@@ -3,10 +3,11 @@
 import pytest
 import torch
 from anomalib.data import ImageBatch
-from sklearn.metrics import roc_auc_score
+from anomalib.metrics import aupro
+from sklearn.metrics import auc, precision_recall_curve, roc_auc_score
 from torchmetrics.functional.classification import binary_auroc
 
-from anomalib_mvfa.evaluation import BINS, BinnedAUROC, OrderKeepingPostProcessor, metrics
+from anomalib_mvfa.evaluation import BINS, BinnedAUPR, BinnedAUPRO, BinnedAUROC, OrderKeepingPostProcessor, metrics
 
 
 def draw(kind: str, count: int = 20000) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +102,7 @@ def test_metrics_of_data_with_masks():
     for metric in evaluator.test_metrics:
         metric.update(data)
         found[metric.name] = metric.compute().item()
-    assert set(found) == {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPRO", "pixel_F1Score"}
+    assert set(found) == {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPR", "pixel_AUPRO", "pixel_F1Score"}
     exact = roc_auc_score(data.gt_mask.flatten(), data.anomaly_map.flatten())
     assert found["pixel_AUROC"] == pytest.approx(exact, abs=1e-5)
     assert found["image_AUROC"] == pytest.approx(roc_auc_score(data.gt_label, data.pred_score))
@@ -133,3 +134,54 @@ def test_without_a_threshold_the_middle_of_the_range_is_one_half():
     low, high, threshold = torch.tensor(2.0), torch.tensor(4.0), torch.tensor(torch.nan)
     scores = OrderKeepingPostProcessor._normalize(torch.tensor([2.0, 3.0, 4.0]), low, high, threshold)
     torch.testing.assert_close(scores, torch.tensor([1 / 3, 1 / 2, 2 / 3]))
+
+
+def lesions(seed: int = 0, images: int = 6, size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps in a small part of [0, 1], and masks with lesions of all sizes, of which one image has none."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.zeros(images, size, size, dtype=torch.uint8)
+    for image in range(1, images):
+        for _ in range(image):
+            top, left = torch.randint(0, size - 12, (2,), generator=generator).tolist()
+            height, width = torch.randint(1, 12, (2,), generator=generator).tolist()
+            masks[image, top : top + height, left : left + width] = 1
+    noise = torch.rand(images, size, size, generator=generator)
+    return 0.2 + 0.01 * (noise + 0.4 * masks), masks
+
+
+@pytest.mark.parametrize("batch", [1, 4, 6])
+def test_overlap_with_lesions_is_anomalibs(batch):
+    maps, masks = lesions()
+    ours, theirs = BinnedAUPRO(), aupro._AUPRO()
+    for start in range(0, len(maps), batch):
+        ours.update(maps[start : start + batch, None], masks[start : start + batch])
+    theirs.update(maps, masks)
+    assert ours.compute().item() == pytest.approx(theirs.compute().item(), abs=1e-4)
+    assert ours.normal.numel() == BINS
+
+
+@pytest.mark.parametrize("kind", ["spread", "narrow", "tied", "reversed"])
+def test_precision_and_recall_are_scikit_learns(kind):
+    score, target = draw(kind)
+    metric = BinnedAUPR()
+    metric.update(score, target)
+    precision, recall, _ = precision_recall_curve(target, score)
+    assert metric.compute().item() == pytest.approx(auc(recall, precision), abs=1e-5)
+
+
+def test_states_of_processes_add_up():
+    maps, masks = lesions()
+    whole, part, other = BinnedAUPRO(), BinnedAUPRO(), BinnedAUPRO()
+    whole.update(maps, masks)
+    part.update(maps[:2], masks[:2])
+    other.update(maps[2:], masks[2:])
+    for name in ("normal", "lesions", "count"):
+        setattr(part, name, getattr(part, name) + getattr(other, name))
+    assert part.compute().item() == pytest.approx(whole.compute().item(), abs=1e-7)
+
+
+@pytest.mark.parametrize("metric", [BinnedAUPR, BinnedAUPRO])
+def test_without_a_lesion_there_is_no_area(metric):
+    empty = metric()
+    empty.update(torch.rand(1, 8, 8), torch.zeros(1, 8, 8))
+    assert empty.compute() == 0

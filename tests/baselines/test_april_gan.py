@@ -74,7 +74,7 @@ def test_scores(model, stream, views, pictures, weights, map_branch, image_score
 def test_the_bank_holds_the_frozen_stream_and_finds_its_own_rows(model, stream, views, pictures):
     model.memorise(views)
     rows = torch.stack(stream(model, torch.cat([pictures["normal"], pictures["normal"].flip(-1)])))
-    assert (model.bank.seg - by_hand.unit(rows)).abs().max() < 1e-5
+    assert (model.bank.seg - by_hand.unit(rows).flatten(1, 2)).abs().max() < 1e-5  # (l, M, D)
     model.scoring = Scoring("seg", "map_max", Weights(0.0, 1.0), ranged=False)
     assert model(pictures["normal"]).anomaly_map.max() < 1e-6
     assert model(pictures["abnormal"]).anomaly_map.max() > 1e-4

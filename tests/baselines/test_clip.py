@@ -117,7 +117,7 @@ def test_a_fit_is_one_epoch_that_builds_the_bank(make, few_shot, engine, monkeyp
     after = model.state_dict()
     changed = {key for key, value in before.items() if not torch.equal(after[key].nan_to_num(), value.nan_to_num())}
     assert all(key == "model.ranges" or key.startswith("post_processor.") for key in changed)
-    assert getattr(model.model.bank, settings["map_branch"]).shape[:2] == (4, 2 * 11)
+    assert getattr(model.model.bank, settings["map_branch"]).shape[:2] == (4, 2 * 11 * 17)
 
     figures = runner.test(model, datamodule=few_shot(category), verbose=False)[0]
     loaded = Clip.load_from_checkpoint(runner.best_model_path, visualizer=False)

@@ -271,7 +271,8 @@ def test_random_weights_are_named(torchvisions):
 
 def test_failed_download(torchvisions, monkeypatch):
     def offline(*args, **kwargs):
-        raise urllib.error.URLError("no network")
+        msg = "no network"
+        raise urllib.error.URLError(msg)
 
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", offline)
     with pytest.raises(RuntimeError, match=r"The weights of vgg11 could not be had .*no network.* pre_trained=false"):

@@ -90,4 +90,4 @@ def test_a_papers_methods_are_called_as_in_the_paper():
                 values = table._values("image", name, method.protocol, k_shot)
                 assert values or (plan.paper, name) == ("figure3", "APRIL-GAN"), (path.stem, name)
                 named += bool(values)
-    assert named == 9 + 3 + 3 + 2 + 9 + 4
+    assert named == 11 + 3 + 3 + 2 + 9 + 4

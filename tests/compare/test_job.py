@@ -51,7 +51,14 @@ def test_patchcore_equals_anomalibs_command_line(finished, two_categories, tmp_p
     cli = AnomalibCLI(["train", *(str(part) for option in options.items() for part in option)])
     expected = {name: float(value) for name, value in cli.engine.trainer.callback_metrics.items() if "_" in name}
     assert row.error is None
-    assert set(row.metrics) == {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPRO", "pixel_F1Score"}
+    assert set(row.metrics) == {
+        "image_AUROC",
+        "image_F1Score",
+        "pixel_AUROC",
+        "pixel_AUPR",
+        "pixel_AUPRO",
+        "pixel_F1Score",
+    }
     assert row.metrics == pytest.approx({name: expected[name] for name in row.metrics}, abs=1e-6)
 
 

@@ -301,4 +301,4 @@ def test_only_models_that_take_a_file_have_an_argument_pretrained():
         for name in list_models(case="pascal")
         if "pretrained" in inspect.signature(weights._model_class({"class_path": name})).parameters
     }
-    assert names == {"AprilGan", "Clip", "Mvfa"}
+    assert names == {"AprilGan", "Clip", "MedClip", "Mvfa"}

@@ -541,4 +541,4 @@ def test_few_shot_over_any_datamodule_from_a_mapping(make, phantom_root, engine)
     }
     model = make(class_name="head")
     figures = engine().train(model, datamodule=FewShot(source, k_shot=1, num_workers=0))[0]
-    assert set(figures) == {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPRO", "pixel_F1Score"}
+    assert set(figures) == {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPR", "pixel_AUPRO", "pixel_F1Score"}

@@ -31,6 +31,7 @@ MAIN = {
 }
 OTHERS = {
     "image_F1Score": "Image F1 at the threshold",
+    "pixel_AUPR": "Pixel AUPR",
     "pixel_AUPRO": "Pixel AUPRO",
     "pixel_F1Score": "Pixel F1 at the threshold",
 }
