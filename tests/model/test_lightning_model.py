@@ -10,8 +10,10 @@ from anomalib.data import Folder
 from anomalib.engine import Engine
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
+from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_mvfa import BMADFewShot, BMADLeaveOneOut, FewShot, Mvfa
+from anomalib_mvfa.model.backbone import ClipBackbone
 
 IMAGE_SIZE = 56
 
@@ -130,6 +132,31 @@ def test_training_lowers_the_loss_and_stops_by_itself(make, few_shot, engine):
     steps = 2 * 2 * 11
     assert len(losses.steps) == 3 * steps
     assert sum(losses.steps[-steps:]) < sum(losses.steps[:steps])
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_frozen_blocks_run_once_for_images_that_come_again(make, few_shot, engine, monkeypatch, augmented):
+    seen, embed = [], ClipBackbone.embed
+
+    def counted(self, image):
+        seen.append(len(image))
+        return embed(self, image)
+
+    class Watch(Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.clear()
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 1:  # before the bank is built
+                trained.append(sum(seen))
+
+    trained, model = [], make(max_epochs=3)
+    monkeypatch.setattr(ClipBackbone, "embed", counted)
+    random = {"train_augmentations": RandomHorizontalFlip()} if augmented else {}
+    engine(callbacks=[Watch()]).fit(model, datamodule=few_shot(**random))
+    views = 2 * 2 * 11
+    assert trained == [2 * views if augmented else views]
+    assert model.model.cache is None
 
 
 def test_an_explicit_trainer_value_wins(make, few_shot, engine):

@@ -23,10 +23,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import Resize
 
 from ..contract import DataFacts, class_name_of, describe, has_label
 from ..data.support import support_of
 from ..evaluation import metrics
+from .frozen_cache import FrozenCache
 from .fusion import Weights
 from .processing import AntialiasedPreProcessor, ThresholdScaledPostProcessor
 from .torch_model import BranchScores, MvfaModel, Scoring, SupportViews
@@ -266,9 +268,18 @@ class LightningMixin(_Host):
         return torch.optim.Adam(groups, lr=self.settings["learning_rate"], betas=BETAS)
 
     def on_fit_start(self) -> None:
-        """Note that from here on, settings are those of a fit."""
+        """Note that from here on, settings are those of a fit, and keep what is frozen of images that come again."""
         self._is_fitted = True
         self._log_settings()
+        data = getattr(self._datamodule, "train_data", None) or self._dataset("train")
+        if isinstance(
+            getattr(data, "augmentations", None), Resize | None
+        ):  # others change an image from epoch to epoch
+            self.model.cache = FrozenCache()
+
+    def on_fit_end(self) -> None:
+        """Give the memory back."""
+        self.model.cache = None
 
     def on_train_epoch_start(self) -> None:
         """Forget that the bank fits the data: a fit without training builds it anew as well."""
