@@ -16,7 +16,7 @@ PATCHES, TOKENS, WIDTH = 289, 290, 768
 def main() -> None:
     """Measure and write."""
     options = arguments(__doc__)
-    figures: dict[str, Any] = {"matmul_gflops": matmul_rate(options.device) / 1e9}
+    figures: dict[str, Any] = {"matmul_gflops": matmul_rate(options) / 1e9}
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(4, PATCHES, WIDTH, generator=generator).to(options.device)
     for k_shot in (4, 16):

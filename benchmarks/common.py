@@ -33,6 +33,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     """Parse the command line of a benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action="store_true", help="under autocast, beside the rate of bfloat16 products")
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
     return parser.parse_args()
 
@@ -54,10 +55,17 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def matmul_rate(device: str, dtype: torch.dtype = torch.float32, size: int = 2048) -> float:
-    """Return the operations a second of a square matrix product."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / seconds(lambda: a @ b, device, repeats=8)
+def precision(options: argparse.Namespace) -> torch.autocast:
+    """Return the context to compute in."""
+    return torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=options.bf16)
+
+
+def matmul_rate(options: argparse.Namespace) -> float:
+    """Return the operations a second of a square matrix product, in the precision of the benchmark."""
+    size = 8192 if options.device.startswith("cuda") else 2048
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    a, b = (torch.randn(size, size, device=options.device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / seconds(lambda: a @ b, options.device, repeats=8)
 
 
 def vit_l(device: str) -> MvfaModel:
@@ -89,7 +97,7 @@ def batch(count: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 def write(name: str, options: argparse.Namespace, figures: dict[str, Any]) -> None:
     """Print figures, and write them with where they come from."""
     device = torch.device(options.device)
-    origin = {"commit": commit(), "device": device_name(device), "versions": versions()}
+    origin = {"bf16": options.bf16, "commit": commit(), "device": device_name(device), "versions": versions()}
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{name}.json"
     path.write_text(json.dumps({**figures, **origin}, indent=2) + "\n")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import BANK_OF_4, FORWARD, arguments, batch, fill_bank, matmul_rate, seconds, vit_l, write
+from common import BANK_OF_4, FORWARD, arguments, batch, fill_bank, matmul_rate, precision, seconds, vit_l, write
 
 BATCH = 4
 
@@ -13,13 +13,14 @@ BATCH = 4
 def main() -> None:
     """Measure and write."""
     options = arguments(__doc__)
-    rate = matmul_rate(options.device)
+    rate = matmul_rate(options)
     model = vit_l(options.device).eval()
     image, *_ = batch(BATCH, options.device)
     figures: dict[str, Any] = {"matmul_gflops": rate / 1e9}
     for k_shot in (4, 16):
         fill_bank(model, k_shot)
-        figures[f"k{k_shot}_seconds"] = seconds(lambda: model(image), options.device) / BATCH
+        with precision(options):
+            figures[f"k{k_shot}_seconds"] = seconds(lambda: model(image), options.device) / BATCH
     floor = (FORWARD + BANK_OF_4) / rate
     figures["k4_over_floor"] = figures["k4_seconds"] / floor
     figures["k4_gflops"] = (FORWARD + BANK_OF_4) / figures["k4_seconds"] / 1e9

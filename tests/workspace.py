@@ -29,7 +29,7 @@ SMALL = {
     "Clip": {"backbone": "weights/tiny.json", "image_size": 56},
     "Dra": {"image_size": 128},
     "MedClip": {"backbone": "resnet18", "image_size": 64},
-    "Mkd": {"backbone": "vgg11", "image_size": 32},
+    "Mkd": {"backbone": "vgg11", "image_size": 32, "max_epochs": 1},
     "FoundAD": {"encoder_name": "dinov2_vit_small_14", "image_size": 56, "pred_depth": 1},
     "Mvfa": {"backbone": "weights/tiny.json", "image_size": 56, "max_epochs": 1},
     "Patchcore": {"backbone": "resnet18", "layers": ["layer3"]},

@@ -221,6 +221,13 @@ def test_fit_and_test(make, full_normal, engine, category, has_masks):
     assert model.learning_type == LearningType.ONE_CLASS
 
 
+def test_epochs_are_its_own_unless_the_trainer_says_otherwise(make, full_normal, engine):
+    for given, epochs in (({}, 3), ({"max_epochs": 1}, 1)):
+        runner = engine(**given)
+        runner.fit(make(max_epochs=3), datamodule=full_normal("Brain"))
+        assert runner.trainer.current_epoch == epochs
+
+
 def test_exports(make, full_normal, engine, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     openvino = pytest.importorskip("openvino")

@@ -21,7 +21,7 @@ from torch.nn.functional import cosine_similarity, max_pool2d
 from torchvision.models import get_model
 
 from ..evaluation import OrderKeepingPostProcessor, metrics
-from ..model.lightning_mixin import DEFAULT_PRETRAINED, ONNX_OPSET, check_numbers
+from ..model.lightning_mixin import DEFAULT_PRETRAINED, ONNX_OPSET, check_numbers, plan_epochs
 from ..model.processing import AntialiasedPreProcessor
 from ..model.torch_model import check_choice
 
@@ -189,6 +189,7 @@ class Mkd(AnomalibModule):
         value_weight: Weight of activations' values beside their directions. The authors use 0.5 on MVTec AD and 0.01
             elsewhere.
         learning_rate: Of Adam.
+        max_epochs: Epochs to train, unless the trainer is told otherwise.
         pre_processor: Anomalib's component, or whether to use the default one.
         post_processor: Anomalib's component, or whether to use the default one.
         evaluator: Anomalib's component, or whether to use the default one.
@@ -208,12 +209,13 @@ class Mkd(AnomalibModule):
         image_size: int = 128,
         value_weight: float = 0.01,
         learning_rate: float = 1e-3,
+        max_epochs: int = 50,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        check_numbers(value_weight=value_weight, learning_rate=learning_rate)
+        check_numbers(value_weight=value_weight, learning_rate=learning_rate, max_epochs=max_epochs)
         if image_size < MIN_SIZE:
             msg = f"image_size={image_size} must be at least {MIN_SIZE}: the network halves images five times."
             raise ValueError(msg)
@@ -222,6 +224,11 @@ class Mkd(AnomalibModule):
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         self.model = MkdModel(backbone, pre_trained, value_weight)
         self.learning_rate = learning_rate
+
+    def setup(self, stage: str) -> None:
+        """Settle how long to train."""
+        if stage == "fit":
+            plan_epochs(self.trainer, self.hparams["max_epochs"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam over the student."""
