@@ -78,6 +78,17 @@ def test_every_comparison_runs(path, workspace, tmp_path, monkeypatch):
     assert plan.title in page or plan.title.replace("&", "&amp;") in page
 
 
+def test_a_dry_run_of_table_1_names_all_jobs_of_its_eleven_methods(workspace, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(workspace)
+    plan = Comparison(**small_comparison(next(path for path in CONFIGS if path.stem == "table1")))
+    plan.save(tmp_path / "table1.yaml")
+    assert run.main(["--config", str(tmp_path / "table1.yaml"), "--output", str(tmp_path / "run"), "--dry_run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if "-s0" in line] == [job.folder for job in plan.jobs()]
+    assert len(plan.methods) == 11
+    assert len(plan.jobs()) == 2 * 11 - 1  # BGAD needs masks
+
+
 def test_a_papers_methods_are_called_as_in_the_paper():
     named = 0
     for path in CONFIGS:
