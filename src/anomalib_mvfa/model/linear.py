@@ -49,10 +49,10 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
         _HAS_ONEDNN
         and bool(torch.backends.mkldnn.enabled)
         and x.device.type == "cpu"
-        and x.numel() > 0  # oneDNN has no product of nothing
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()  # nor exporting: the operator is torch's own
+        and x.numel() > 0  # oneDNN has no product of nothing
     )
 
 
