@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .torchscript import is_torchscript, read_torchscript
+
 RANDOM_SEED = 0
 """Of the weights that ``pretrained=None`` draws, so that a backbone is a function of its arguments."""
 SAMPLES = 64
@@ -30,13 +32,10 @@ def read_state(path: Path) -> State:
             from safetensors.torch import load_file
 
             state: Any = load_file(path)
+        elif is_torchscript(path):
+            state = read_torchscript(path)
         else:
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except RuntimeError as error:
-                if "TorchScript" not in str(error):
-                    raise
-                state = torch.jit.load(str(path), map_location="cpu").state_dict()
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         msg = (
             f"pretrained={str(path)!r} cannot be read ({first_line(error)}). It must be a state dict (.pt), a "
