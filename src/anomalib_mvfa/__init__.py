@@ -12,7 +12,17 @@ if TYPE_CHECKING:
     from .baselines.mkd import Mkd
     from .baselines.winclip import WinClipBaseline
     from .checkpoint import load_adapters, save_adapters
-    from .data import BMADFewShot, BMADLeaveOneOut, BMADOneClass, FewShot, FullNormal, LeaveOneOut, Phantom
+    from .data import (
+        BMADFewShot,
+        BMADLeaveOneOut,
+        BMADOneClass,
+        FewShot,
+        FullNormal,
+        LeaveOneOut,
+        Phantom,
+        PredictScans,
+        Scans,
+    )
     from .model.lightning_model import Mvfa
     from .model.torch_model import MvfaModel
     from .plugin import register
@@ -35,6 +45,8 @@ __all__ = [
     "Mvfa",
     "MvfaModel",
     "Phantom",
+    "PredictScans",
+    "Scans",
     "WinClipBaseline",
     "__version__",
     "load_adapters",
@@ -59,6 +71,8 @@ _HOMES = {
     "Mvfa": ".model.lightning_model",
     "MvfaModel": ".model.torch_model",
     "Phantom": ".data",
+    "PredictScans": ".data",
+    "Scans": ".data",
     "WinClipBaseline": ".baselines.winclip",
     "load_adapters": ".checkpoint",
     "register": ".plugin",

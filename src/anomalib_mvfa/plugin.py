@@ -22,6 +22,8 @@ _NAMES = {
         "FullNormal",
         "LeaveOneOut",
         "Phantom",
+        "PredictScans",
+        "Scans",
     ),
 }
 

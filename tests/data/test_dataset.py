@@ -11,7 +11,8 @@ from torchvision.tv_tensors import Mask
 
 from anomalib_mvfa.contract import class_name_of
 from anomalib_mvfa.data.augmentation import view
-from anomalib_mvfa.data.dataset import ConcatDataset, SampleDataset, SupportViews, collate, read_image, read_mask
+from anomalib_mvfa.data.dataset import ConcatDataset, SampleDataset, SupportViews, collate
+from anomalib_mvfa.data.reading import read_image, read_mask
 
 RESIZE = Resize((24, 24), interpolation=InterpolationMode.BICUBIC, antialias=True)
 
@@ -106,7 +107,8 @@ def test_absent_files_are_named(tmp_path):
 
 def test_files_are_closed(tmp_path, recwarn):
     Image.fromarray(noise(8, 8)).save(tmp_path / "a.tif", save_all=True, append_images=[Image.fromarray(noise(8, 8))])
-    read_image(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif has 2 pages, of which one would be read\. Save them as files"):
+        read_image(tmp_path / "a.tif")
     assert not [warning for warning in recwarn if warning.category is ResourceWarning]
 
 

@@ -27,7 +27,7 @@ from pandas import DataFrame
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from ..data.dataset import read_image, read_mask
+from ..data.reading import read_image, read_mask
 from ..data.support import draw
 from ..evaluation import OrderKeepingPostProcessor, metrics
 from ..intervals import ScoreRecorder

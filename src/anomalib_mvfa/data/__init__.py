@@ -3,5 +3,16 @@
 from .bmad import BMADFewShot, BMADLeaveOneOut, BMADOneClass
 from .phantom import Phantom
 from .protocols import FewShot, FullNormal, LeaveOneOut
+from .scans import PredictScans, Scans
 
-__all__ = ["BMADFewShot", "BMADLeaveOneOut", "BMADOneClass", "FewShot", "FullNormal", "LeaveOneOut", "Phantom"]
+__all__ = [
+    "BMADFewShot",
+    "BMADLeaveOneOut",
+    "BMADOneClass",
+    "FewShot",
+    "FullNormal",
+    "LeaveOneOut",
+    "Phantom",
+    "PredictScans",
+    "Scans",
+]

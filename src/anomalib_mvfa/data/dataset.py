@@ -1,11 +1,10 @@
-"""Reads images and masks the way the published code does: 8-bit RGB, squashed by Pillow, then scaled to [0, 1].
+"""Items of images and masks: squashed by Pillow as 8-bit images, as in the published code, then scaled to [0, 1].
 
 Axes: H height, W width.
 """
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -22,60 +21,7 @@ from torchvision.tv_tensors import Mask
 
 from ..contract import class_name_of
 from .augmentation import VIEWS, view
-
-MASK_THRESHOLD = 127
-"""Of 8-bit mask values; above is abnormal."""
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """Read an image file as 8-bit RGB.
-
-    Raises:
-        ValueError: The file is no readable image, or has more than 8 bits a channel.
-    """
-    return _load(path, "RGB")
-
-
-def read_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
-    """Read a mask file as 8-bit grey.
-
-    Args:
-        path: The file.
-        size: Width and height of the image that the mask belongs to.
-
-    Raises:
-        ValueError: The file is no readable image, of another size, or marks something, but by too low values.
-    """
-    mask = _load(path, "L")
-    if mask.size != size:
-        msg = f"Mask {path} is {mask.width}x{mask.height} pixels, its image {size[0]}x{size[1]}. They must agree."
-        raise ValueError(msg)
-    highest = int(np.asarray(mask).max())
-    if 0 < highest <= MASK_THRESHOLD:
-        msg = (
-            f"Mask {path} has values up to {highest}, and only those above {MASK_THRESHOLD} count as abnormal. Write "
-            "masks with 0 and 255."
-        )
-        raise ValueError(msg)
-    return mask
-
-
-def _load(path: str | Path, mode: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            # Pillow reads 16-bit RGB as RGB, by the upper byte; only the raw mode, in `tile` until it is read, tells.
-            deep = image.mode in {"I", "F"} or ";16" in f"{image.mode} {image.tile}"
-            converted = image.convert(mode)
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError ... on broken files
-        msg = f"{path} cannot be read as an image ({error}). Restore the file or take it out of the data set."
-        raise ValueError(msg) from error
-    if deep:
-        msg = (
-            f"{path} has more than 8 bits a channel, and only its origin tells which intensity window to show. Convert "
-            "it to 8 bits with that window."
-        )
-        raise ValueError(msg)
-    return converted
+from .reading import MASK_THRESHOLD, read_image, read_mask
 
 
 class SampleDataset(AnomalibDataset):

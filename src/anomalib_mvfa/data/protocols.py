@@ -97,6 +97,7 @@ class FewShot(_Protocol):
             by default the support is drawn from the seed.
         group_by: Regular expression on image paths whose match (or first group) names a patient, say. No group is then
             in more than one of support, validation and test: validation images that share one with either are left out.
+            By default, the source's ``group_by`` if it has one, as :class:`~anomalib_mvfa.data.scans.Scans` has.
         train_batch_size: Views in a training batch; the published code trains with 1, and larger batches did worse.
         kwargs: See :class:`_Protocol`: ``eval_batch_size``, ``num_workers``, augmentations and ``seed``.
 
@@ -127,7 +128,7 @@ class FewShot(_Protocol):
         self.k_shot = _at_least("k_shot", k_shot, 1)
         self.abnormal_shots = _at_least("abnormal_shots", k_shot if abnormal_shots is None else abnormal_shots, 0)
         self.support_list = support_list
-        self.group_by = _checked_pattern("group_by", group_by)
+        self.group_by = _checked_pattern("group_by", group_by or getattr(self.source, "group_by", None))
         self.category = self.source.category
         self.support: SupportViews
 
@@ -349,7 +350,7 @@ class LeaveOneOut(_Protocol):
             dataset = source.val_data if has_validation else source.test_data
             learnt, validating = source.test_data.samples, dataset.samples
             if not has_validation:
-                learnt, validating = _set_aside(source, learnt, self.seed)
+                learnt, validating = _set_aside(source, learnt, self.seed, getattr(source, "group_by", None))
             train.append(SampleDataset.of(source.test_data, learnt, noun_of(source) or source.name))
             val.append(SampleDataset.of(dataset, validating, noun_of(source) or source.name))
         self.train_data, self.val_data = ConcatDataset(train), ConcatDataset(val)

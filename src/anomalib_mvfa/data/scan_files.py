@@ -1,0 +1,240 @@
+"""Reads scans as they come from a scanner: DICOM, NIfTI, and PNG or TIFF of any depth; and shows a window of them.
+
+Axes: N slices, H height, W width.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, ImageSequence
+
+from .reading import is_deep
+
+Bound = float | str
+Window = tuple[Bound, Bound]
+"""What becomes black and what becomes white: values in the file's units, or percentiles of a file ("1%")."""
+
+DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+PILLOW_SUFFIXES = {".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".tif", ".tiff", ".webp"}
+EXTRA = "It needs a further package: pip install 'anomalib-mvfa[scans]'."
+
+
+@dataclass
+class Scan:
+    """The slices of a file.
+
+    Args:
+        values: Grey values ``(N, H, W)``, or 8-bit RGB ``(N, H, W, 3)``.
+        window: The file's own window, if it has one; in the units of the values.
+        is_8_bit: Whether the values are to be shown as they are.
+        inverted: Whether high values are to be shown dark (DICOM's MONOCHROME1).
+        orientation: Of the axes on disk, as NIfTI names them, such as "LAS"; None for other files.
+    """
+
+    values: np.ndarray
+    window: tuple[float, float] | None = None
+    is_8_bit: bool = False
+    inverted: bool = False
+    orientation: str | None = None
+
+
+def is_scan(path: Path) -> bool:
+    """Whether a file is a scan by its name; DICOM files without a suffix are known by their first bytes."""
+    suffix = path.suffix.lower()
+    if suffix in PILLOW_SUFFIXES | DICOM_SUFFIXES or path.name.lower().endswith(NIFTI_SUFFIXES):
+        return True
+    if suffix and not suffix[1:].isdigit():  # scanners name files by identifiers, numbers with dots between
+        return False
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def stem_of(path: Path) -> str:
+    """Return a scan's name without its suffix, which may be ``.nii.gz``."""
+    name = path.name
+    for suffix in (*reversed(NIFTI_SUFFIXES), path.suffix if is_suffix(path.suffix) else ""):
+        if suffix and name.lower().endswith(suffix.lower()):
+            return name[: -len(suffix)]
+    return name
+
+
+def is_suffix(suffix: str) -> bool:
+    """Whether the end of a name is one of the suffixes of scans, and no part of a scanner's identifier."""
+    return suffix.lower() in PILLOW_SUFFIXES | DICOM_SUFFIXES
+
+
+def read_scan(path: Path) -> Scan:
+    """Read a file.
+
+    DICOM is read in the units of its modality (Hounsfield units of CT). NIfTI is cut into axial slices, from the feet
+    up, as radiologists look at them: the front of the body on top, and the patient's right side on the left.
+
+    Raises:
+        ValueError: It cannot be read, has values that are not finite, or is of a kind that is not supported.
+        ModuleNotFoundError: A package that reads the format is not installed.
+    """
+    try:
+        if path.name.lower().endswith(NIFTI_SUFFIXES):
+            scan = _read_nifti(path)
+        elif path.suffix.lower() in PILLOW_SUFFIXES:
+            scan = _read_pillow(path)
+        else:
+            scan = _read_dicom(path)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # whatever a reader raises on a broken file
+        msg = f"{path} cannot be read as a scan ({error}). Restore the file or take it out of the data set."
+        raise ValueError(msg) from error
+    if not np.isfinite(scan.values).all():
+        msg = f"{path} has values that are not finite. Replace them, for instance by the background's value."
+        raise ValueError(msg)
+    return scan
+
+
+def pictures(scan: Scan, window: Window | None, path: Path) -> list[Image.Image]:
+    """Return a scan's slices as 8-bit pictures.
+
+    Args:
+        scan: The scan. What has 8 bits is shown as it is, whatever the window.
+        window: See :data:`Window`; percentiles are of all slices together. By default, the file's own window.
+        path: The file, for errors.
+
+    Raises:
+        ValueError: There is no window.
+    """
+    values = scan.values
+    if not scan.is_8_bit:
+        bounds = scan.window if window is None else [_bound(end, values) for end in window]
+        if bounds is None:
+            msg = (
+                f"{path} has more than 8 bits a pixel and no intensity window of its own. Say which values become "
+                "black and which white: window=[-150, 250], in the file's units; or window=[1%, 99%], percentiles of "
+                "a file."
+            )
+            raise ValueError(msg)
+        values = _windowed(values, *bounds)
+    return [Image.fromarray(255 - plane if scan.inverted else plane) for plane in values]
+
+
+def checked_window(window: Sequence[Bound] | None) -> Window | None:
+    """Return a window whose ends are numbers, or percentages as text.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if window is None:
+        return None
+    try:
+        low, high = map(_checked_bound, window)
+        rises = isinstance(low, str) != isinstance(high, str) or _number(low) < _number(high)
+    except (TypeError, ValueError):
+        rises = False
+    if not rises:
+        msg = (
+            f"window={window!r} must be two ends, the lower one first: values such as [-150, 250], or percentiles such "
+            "as [1%, 99%]."
+        )
+        raise ValueError(msg)
+    return low, high
+
+
+def _checked_bound(end: Bound) -> Bound:
+    number = _number(end)
+    if not math.isfinite(number) or (_is_percentile(end) and not 0 <= number <= 100):
+        raise ValueError
+    return f"{number:g}%" if _is_percentile(end) else number
+
+
+def _is_percentile(end: Bound) -> bool:
+    return isinstance(end, str) and end.strip().endswith("%")
+
+
+def _number(end: Bound) -> float:
+    return float(end.strip().removesuffix("%") if isinstance(end, str) else end)
+
+
+def _bound(end: Bound, values: np.ndarray) -> float:
+    return float(np.percentile(values, _number(end))) if _is_percentile(end) else _number(end)
+
+
+def _windowed(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Return 8-bit values; a file of one value, whose percentiles are the same, is black."""
+    width = high - low if high > low else np.inf
+    return np.round(255 * np.clip((values.astype(np.float64) - low) / width, 0, 1)).astype(np.uint8)
+
+
+def _read_pillow(path: Path) -> Scan:
+    with Image.open(path) as image:
+        deep = is_deep(image)
+        if deep and len(image.getbands()) > 1:
+            msg = "colours of more than 8 bits are not supported; convert them to 8 bits"
+            raise ValueError(msg)
+        upright = map(ImageOps.exif_transpose, ImageSequence.Iterator(image))
+        frames = [np.asarray(frame if deep else frame.convert("RGB")) for frame in upright]
+    return Scan(np.stack(frames), is_8_bit=not deep)
+
+
+def _read_nifti(path: Path) -> Scan:
+    try:
+        import nibabel
+    except ModuleNotFoundError as error:
+        msg = f"{path} is a NIfTI file. {EXTRA}"
+        raise ModuleNotFoundError(msg) from error
+    image: Any = nibabel.load(path)
+    values = np.asanyarray(image.dataobj)
+    shape = values.shape + (1,) * (3 - values.ndim)
+    if set(shape[3:]) - {1} or values.dtype.kind not in "biuf":
+        msg = f"its shape is {values.shape}, of {values.dtype}; one volume of grey values is expected"
+        raise ValueError(msg)
+    values = values.reshape(shape[:3])
+    axes = nibabel.orientations.io_orientation(image.affine)
+    values = nibabel.orientations.apply_orientation(values, axes)  # from left to right, back to front, feet to head
+    code = "".join(nibabel.orientations.aff2axcodes(image.affine))
+    return Scan(values[::-1, ::-1].transpose(2, 1, 0), orientation=code)
+
+
+def _read_dicom(path: Path) -> Scan:
+    try:
+        from pydicom import dcmread
+        from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
+    except ModuleNotFoundError as error:
+        msg = f"{path} is a DICOM file. {EXTRA}"
+        raise ModuleNotFoundError(msg) from error
+    file = dcmread(path)
+    groups = [*file.get("SharedFunctionalGroupsSequence", []), *file.get("PerFrameFunctionalGroupsSequence", [])]
+    if any("PixelValueTransformationSequence" in group for group in groups):
+        msg = "its frames have units of their own; write them as single files, or as NIfTI"
+        raise ValueError(msg)
+    stored = pixel_array(file)
+    stored = stored if int(file.get("NumberOfFrames") or 1) > 1 else stored[None]
+    if file.PhotometricInterpretation == "PALETTE COLOR":
+        stored = apply_color_lut(stored, file)
+        return Scan((stored >> 8 * (stored.itemsize - 1)).astype(np.uint8), is_8_bit=True)
+    if stored.ndim == 4:
+        if stored.dtype != np.uint8:
+            msg = "colours of more than 8 bits are not supported; convert them to 8 bits"
+            raise ValueError(msg)
+        return Scan(stored, is_8_bit=True)
+    is_8_bit = stored.dtype == np.uint8 and "WindowWidth" not in file
+    return Scan(
+        values=stored if is_8_bit else apply_modality_lut(stored, file),
+        window=_own_window(file),
+        is_8_bit=is_8_bit,
+        inverted=file.PhotometricInterpretation == "MONOCHROME1",
+    )
+
+
+def _own_window(file: Any) -> tuple[float, float] | None:  # noqa: ANN401  # pydicom's data set
+    """Return the ends of a DICOM file's first window (DICOM PS3.3, C.11.2.1.2), None if it has none that is linear."""
+    function = file.get("VOILUTFunction", "LINEAR")
+    if "WindowCenter" not in file or "WindowWidth" not in file or function not in {"LINEAR", "LINEAR_EXACT"}:
+        return None
+    centre, width = (float(np.atleast_1d(file[name].value)[0]) for name in ("WindowCenter", "WindowWidth"))
+    if function == "LINEAR":
+        centre, width = centre - 0.5, width - 1
+    return centre - width / 2, centre + width / 2

@@ -1,0 +1,226 @@
+"""Every format of scans: the values that were written, through the window that was asked for."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from scan_recipe import write_dicom, write_nifti
+
+from anomalib_mvfa.data.scan_files import checked_window, is_scan, pictures, read_scan, stem_of
+
+HOUNSFIELD = np.array([[-1024, -150], [0, 50], [250, 3000]], np.int16)
+"""(3, 2)"""
+SOFT_TISSUE = [[0, 0], [96, 128], [255, 255]]
+"""The same from -150 to 250, by hand: 255 * 150 / 400 = 95.6 and 255 * 200 / 400 = 127.5."""
+VOLUME = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+"""Of 2 columns from left to right, 3 rows from back to front, 4 slices from the feet up."""
+LOWEST = [[16, 4], [20, 8]]
+
+
+def shown(path, window=None):
+    return [np.asarray(picture).tolist() for picture in pictures(read_scan(path), checked_window(window), path)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- DICOM
+
+
+def test_dicom_is_shown_by_a_window_in_hounsfield_units(tmp_path):
+    stored = (HOUNSFIELD + 1024).astype(np.uint16)
+    path = write_dicom(tmp_path / "a.dcm", stored, RescaleSlope=1, RescaleIntercept=-1024)
+    assert shown(path, [-150, 250]) == [SOFT_TISSUE]
+
+
+def test_dicom_is_shown_by_its_own_window(tmp_path):
+    """DICOM's linear window is a value narrower than its width, and half of one lower than its centre."""
+    path = write_dicom(tmp_path / "a.dcm", HOUNSFIELD, WindowCenter=[50.5, 9], WindowWidth=[401, 9])
+    assert shown(path) == [SOFT_TISSUE]
+    exact = write_dicom(tmp_path / "b.dcm", HOUNSFIELD, WindowCenter=50, WindowWidth=400, VOILUTFunction="LINEAR_EXACT")
+    assert shown(exact) == [SOFT_TISSUE]
+    assert shown(exact, [-1024, 3000]) != [SOFT_TISSUE]  # what is asked for wins
+
+
+def test_dicom_film_that_is_stored_inverted_is_not_shown_so(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", HOUNSFIELD, PhotometricInterpretation="MONOCHROME1")
+    assert shown(path, [-150, 250]) == [(255 - np.array(SOFT_TISSUE)).tolist()]
+
+
+@pytest.mark.parametrize("function", [None, "SIGMOID"])
+def test_dicom_without_a_linear_window_asks_for_one(tmp_path, function):
+    elements = {"VOILUTFunction": function, "WindowCenter": 0, "WindowWidth": 1} if function else {}
+    path = write_dicom(tmp_path / "a.dcm", HOUNSFIELD, **elements)
+    message = (
+        r"a\.dcm has more than 8 bits a pixel and no intensity window .* window=\[-150, 250\], .* window=\[1%, 99%"
+    )
+    with pytest.raises(ValueError, match=message):
+        shown(path)
+
+
+def test_8_bit_dicom_is_shown_as_it_is(tmp_path):
+    grey = np.array([[0, 7], [200, 255]], np.uint8)
+    colours = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    assert shown(write_dicom(tmp_path / "grey.dcm", grey), [1, 2]) == [grey.tolist()]
+    assert shown(write_dicom(tmp_path / "colour.dcm", colours)) == [colours.tolist()]
+
+
+def test_frames_are_slices(tmp_path):
+    frames = np.stack([HOUNSFIELD, HOUNSFIELD[::-1]])
+    assert shown(write_dicom(tmp_path / "a.dcm", frames), [-150, 250]) == [SOFT_TISSUE, SOFT_TISSUE[::-1]]
+
+
+def test_frames_with_units_of_their_own_are_refused(tmp_path):
+    from pydicom import Dataset
+
+    group = Dataset()
+    group.PixelValueTransformationSequence = [Dataset()]
+    path = write_dicom(tmp_path / "a.dcm", HOUNSFIELD, PerFrameFunctionalGroupsSequence=[group])
+    with pytest.raises(
+        ValueError, match=r"a\.dcm cannot be read as a scan \(its frames have units of their own; .*NIf"
+    ):
+        read_scan(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------- NIfTI
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".NII"])
+def test_nifti_is_cut_into_axial_slices_as_radiologists_look_at_them(tmp_path, suffix):
+    """Row by row from the front, and in each from the patient's right, at column 1, to the left."""
+    slices = read_scan(write_nifti(tmp_path / f"a{suffix}", VOLUME)).values
+    assert slices.shape == (4, 3, 2)
+    assert slices[0].tolist() == [[VOLUME[1, 2, 0], VOLUME[0, 2, 0]], [20 - 4, 4], [12, 0]]
+    assert slices[3].tolist() == (slices[0] + 3).tolist()
+
+
+@pytest.mark.parametrize("flip", [(0, 1), (2,), (0, 1, 2)])
+def test_nifti_stored_another_way_looks_the_same(tmp_path, flip):
+    affine = np.diag([-1.0 if axis in flip else 1.0 for axis in range(3)] + [1.0])
+    expected = read_scan(write_nifti(tmp_path / "a.nii", VOLUME))
+    turned = read_scan(write_nifti(tmp_path / "b.nii", np.flip(VOLUME, flip), affine))
+    assert np.array_equal(turned.values, expected.values)
+    moved = affine[:, [1, 2, 0, 3]]
+    moved = read_scan(write_nifti(tmp_path / "c.nii", np.flip(VOLUME, flip).transpose(1, 2, 0), moved))
+    assert np.array_equal(moved.values, expected.values)
+    assert (expected.orientation, moved.orientation != turned.orientation) == ("RAS", True)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 1), (2, 3, 4, 1)])
+def test_nifti_of_other_shapes(tmp_path, shape):
+    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    assert read_scan(write_nifti(tmp_path / "a.nii", values)).values.shape == ((4 if 4 in shape else 1), 3, 2)
+
+
+def test_percentiles_are_of_the_whole_volume(tmp_path):
+    path = write_nifti(tmp_path / "a.nii", np.arange(101, dtype=np.float32).reshape(1, 1, 101))
+    values = np.ravel(shown(path, ["10%", "90%"]))
+    assert values.tolist() == np.round(255 * np.clip((np.arange(101) - 10) / 80, 0, 1)).tolist()
+    assert np.ravel(shown(path, [10, "90%"])).tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("bad", [np.zeros((2, 2, 2, 3)), np.zeros((2, 2, 2), np.complex64)], ids=["4D", "complex"])
+def test_nifti_that_is_no_volume_is_refused(tmp_path, bad):
+    with pytest.raises(ValueError, match=r"a\.nii cannot be read as a scan \(its shape is .*one volume of grey values"):
+        read_scan(write_nifti(tmp_path / "a.nii", bad))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_refused(tmp_path, value):
+    with pytest.raises(ValueError, match=r"a\.nii has values that are not finite\. Replace them"):
+        read_scan(write_nifti(tmp_path / "a.nii", np.full((2, 2, 2), value, np.float32)))
+
+
+# --------------------------------------------------------------------------------------------------------- PNG and TIFF
+
+
+@pytest.mark.parametrize("kind", [".png", ".tif", ".pgm"])
+def test_16_bit_files(tmp_path, kind):
+    Image.fromarray(np.array([[0, 1000], [33267, 65535]], np.uint16)).save(tmp_path / f"a{kind}")
+    assert shown(tmp_path / f"a{kind}", [0, 65535]) == [[[0, 4], [129, 255]]]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_deep_tiff(tmp_path, kind):
+    Image.fromarray(HOUNSFIELD.astype(kind)).save(tmp_path / "a.tif")
+    assert shown(tmp_path / "a.tif", [-150, 250]) == [SOFT_TISSUE]
+
+
+def test_pages_are_slices(tmp_path):
+    pages = [Image.fromarray(np.full((2, 2), value, np.uint16)) for value in (0, 50, 100)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    assert [picture[0][0] for picture in shown(tmp_path / "a.tif", [0, 100])] == [0, 128, 255]
+
+
+def test_an_image_of_one_value_is_black(tmp_path):
+    Image.fromarray(np.full((2, 2), 77, np.uint16)).save(tmp_path / "a.png")
+    assert not np.any(shown(tmp_path / "a.png", ["1%", "99%"]))
+
+
+def test_16_bit_colours_are_refused(tmp_path):
+    rows = b"".join(b"\0" + bytes(12) for _ in range(2))
+    write_png(tmp_path / "a.png", rows)
+    with pytest.raises(ValueError, match="colours of more than 8 bits are not supported"):
+        read_scan(tmp_path / "a.png")
+
+
+def write_png(path, rows):
+    """Write a PNG of 2 x 2 pixels and 16-bit RGB, which Pillow does not write."""
+    import struct
+    import zlib
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+
+
+# --------------------------------------------------------------------------------------------------- Names and packages
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [("a.dcm", "a"), ("a.nii.gz", "a"), ("a.b.PNG", "a.b"), ("IM001", "IM001"), ("1.2.840.7", "1.2.840.7")],
+)
+def test_names(tmp_path, name, stem):
+    write_dicom(tmp_path / name, HOUNSFIELD)
+    assert is_scan(tmp_path / name)
+    assert stem_of(tmp_path / name) == stem
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "LICENSE", "DICOMDIR.json"])
+def test_other_files_are_no_scans(tmp_path, name):
+    (tmp_path / name).write_text("text")
+    assert not is_scan(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.dcm", "a.nii.gz", "a.nii", "a.png", "a.tif"])
+@pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n"])
+def test_broken_files_are_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} cannot be read as a scan \(.*Restore the file or take it out"):
+        read_scan(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "package"), [("a.dcm", "pydicom"), ("a.nii", "nibabel")])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
+    (tmp_path / name).touch()
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"{name} is a .* file\. .*: pip install 'anomalib-mvfa\[scans\]'"):
+        read_scan(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "window",
+    [[1], [2, 1], [0, 0], ["99%", "1%"], ["0%", "101%"], ["-1%", 5], [0, float("nan")], ["low", "high"], 5, [None, 1]],
+)
+def test_windows_that_are_none(window):
+    with pytest.raises(ValueError, match=r"window=.* must be two ends, the lower one first: values such as"):
+        checked_window(window)
+
+
+def test_windows():
+    assert checked_window(None) is None
+    assert checked_window([-150, 250]) == (-150.0, 250.0)
+    assert checked_window(("1%", "99.5 %")) == ("1%", "99.5%")
+    assert checked_window(["0", "5"]) == (0.0, 5.0)

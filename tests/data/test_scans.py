@@ -1,0 +1,244 @@
+"""Scans in datamodules and in prediction: right pictures, labels and masks, or one error and nothing left behind."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from anomalib.data.utils import LabelName
+from anomalib.engine import Engine
+from PIL import Image
+from scan_recipe import write_dicom, write_nifti
+
+from anomalib_mvfa import FewShot, Mvfa, PredictScans, Scans
+from anomalib_mvfa.data import scans
+
+SIZE = 24
+SLICES = 4
+MARKED = (1, 2)
+"""Slices of an abnormal volume that its mask marks."""
+WINDOW = [0, 1000]
+NORMAL, ABNORMAL = 7, 5
+
+
+def volume(seed, lesion):
+    """Return a volume ``(W, H, N)`` of noise and, in some slices of it, a bright corner; and the corner's mask."""
+    values = np.random.default_rng(seed).integers(100, 500, (SIZE, SIZE, SLICES)).astype(np.int16)
+    mask = np.zeros_like(values, np.uint8)
+    if lesion:
+        mask[:9, :9, MARKED] = 2
+        values[mask > 0] = 900
+    return values, mask
+
+
+@pytest.fixture(scope="session")
+def hospital(tmp_path_factory):
+    """Folders of NIfTI volumes and, among the normal ones, DICOM files."""
+    root = tmp_path_factory.mktemp("hospital")
+    for number in range(NORMAL - 1):
+        write_nifti(root / f"healthy/p{number}.nii.gz", volume(number, lesion=False)[0])
+    write_dicom(root / "healthy/deep/p9", volume(99, lesion=False)[0].T)
+    for number in range(ABNORMAL):
+        values, mask = volume(50 + number, lesion=True)
+        write_nifti(root / f"ill/q{number}.nii.gz", values)
+        write_nifti(root / f"drawn/q{number}.nii", mask)
+    (root / "healthy/notes.txt").write_text("no scan")
+    return root
+
+
+@pytest.fixture
+def copied(hospital, tmp_path):
+    """A copy of them, to spoil."""
+    shutil.copytree(hospital, tmp_path / "hospital")
+    return tmp_path / "hospital"
+
+
+def source(root, pictures, **changes):
+    folders = {"normal_dir": "healthy", "abnormal_dir": "ill", "mask_dir": "drawn"}
+    return Scans("wards", root=root, pictures=pictures, **{**folders, "window": WINDOW, "num_workers": 0, **changes})
+
+
+def names(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_every_slice_becomes_a_picture_by_its_mask(hospital, tmp_path, caplog):
+    source(hospital, tmp_path / "out").prepare_data()
+    found = names(tmp_path / "out")
+    numbers = [f"q{number}_slice{index:03d}.png" for number in range(ABNORMAL) for index in range(SLICES)]
+    ill = [name for name in numbers if int(name[-7:-4]) in MARKED]
+    assert [name for name in found if name.startswith("abnormal/")] == [f"abnormal/{name}" for name in ill]
+    assert [name for name in found if name.startswith("mask/")] == [f"mask/{name}" for name in ill]
+    rest = [f"normal_test/abnormal/{name}" for name in numbers if name not in ill]
+    assert [name for name in found if name.startswith("normal_test/")] == rest
+    assert sum(name.startswith("normal/") for name in found) == NORMAL * SLICES
+    assert f"normal/deep/p9_slice{SLICES - 1:03d}.png" in found
+    assert "1 files are no scans by their names and left out: ['notes.txt']" in caplog.text
+
+
+def test_pictures_show_the_window_and_masks_lie_on_lesions(hospital, tmp_path):
+    source(hospital, tmp_path / "out").prepare_data()
+    picture = np.asarray(Image.open(tmp_path / "out/abnormal/q3_slice002.png"))
+    mask = np.asarray(Image.open(tmp_path / "out/mask/q3_slice002.png"))
+    assert set(np.unique(mask)) == {0, 255}
+    assert (picture[mask > 0] == round(255 * 0.9)).all()
+    assert (picture[mask == 0] < 128).all()
+    assert mask[-9:, -9:].all()  # the patient's left and back
+
+
+def test_scans_train_test_and_are_kept_apart_by_volume(hospital, tmp_path, tiny_config):
+    data = FewShot(source(hospital, tmp_path / "out", val_split_ratio=0.6), k_shot=2, eval_batch_size=16, num_workers=0)
+    model = Mvfa(str(tiny_config), pretrained=None, image_size=56, max_epochs=1)
+    engine = Engine(default_root_dir=tmp_path / "run", accelerator="cpu", devices=1, enable_progress_bar=False)
+    (results,) = engine.train(model, datamodule=data)
+    assert 0 <= results["pixel_AUROC"] <= 1
+    volumes = [
+        {Path(path).name.partition("_slice")[0] for path in part.samples.image_path}
+        for part in (data.support, data.val_data, data.test_data)
+    ]
+    assert not volumes[0] & volumes[1]
+    assert not volumes[0] & volumes[2]
+    assert not volumes[1] & volumes[2]
+    shown = names(next((tmp_path / "run").rglob("images")))
+    assert len(shown) == len(data.test_data)
+
+
+def test_other_models_of_anomalib_read_scans_too(hospital, tmp_path):
+    data = source(hospital, tmp_path / "out", val_split_mode="none")
+    data.setup()
+    labels = data.test_data.samples.label_index
+    assert (len(data.train_data), (labels == LabelName.ABNORMAL).sum()) == (NORMAL * SLICES, ABNORMAL * len(MARKED))
+    item = next(item for item in data.test_data if item.gt_label)
+    assert item.gt_mask.sum() == 81
+
+
+def test_nothing_is_converted_twice_unless_it_changed(copied, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(scans, "read_scan", lambda path, real=scans.read_scan: (read.append(path.name), real(path))[1])
+    out = tmp_path / "out"
+    files = NORMAL + 2 * ABNORMAL
+    source(copied, out).prepare_data()
+    source(copied, out).prepare_data()
+    assert len(read) == files
+    source(copied, out, window=[0, 500]).prepare_data()
+    assert len(read) == 2 * files
+    assert np.asarray(Image.open(out / "abnormal/q3_slice002.png")).max() == 255
+    write_nifti(copied / "healthy/p0.nii.gz", volume(7, lesion=False)[0][..., :1])
+    source(copied, out, window=[0, 500]).prepare_data()
+    assert len(read) == 3 * files
+    assert "normal/p0.png" in names(out)
+    assert "normal/p0_slice000.png" not in names(out)
+
+
+def spoil(root, how):
+    """Spoil a data set, and return what the error must say."""
+    values, mask = volume(1, lesion=True)
+    if how == "cut short":
+        path = root / "healthy/p3.nii.gz"
+        path.write_bytes(path.read_bytes()[:200])
+        return r"p3\.nii\.gz cannot be read as a scan"
+    if how == "no mask":
+        (root / "drawn/q1.nii").unlink()
+        return r"1 scans have no mask \['q1'\], 0 masks have no scan \[\]\. A mask has its scan's name"
+    if how == "other shape":
+        write_nifti(root / "drawn/q1.nii", mask[..., :2])
+        return r"Mask .*q1\.nii is \(2, 24, 24, 'RAS'\) in slices, .*its scan .*q1\.nii\.gz \(4, 24, 24, 'RAS'\)"
+    if how == "other orientation":
+        write_nifti(root / "drawn/q1.nii", mask, np.diag([-1, 1, 1, 1]))
+        return r"q1\.nii is \(4, 24, 24, 'LAS'\) in .* \(4, 24, 24, 'RAS'\)\. They must agree"
+    if how == "empty mask":
+        write_nifti(root / "drawn/q1.nii", np.zeros_like(mask))
+        return r"Mask .*q1\.nii marks nothing, and its scan is in the folder of abnormal ones"
+    if how == "two suffixes":
+        write_nifti(root / "healthy/p3.nii", values)
+        return r"p3\.nii.* and .*p3\.nii.* differ by their suffixes only"
+    if how == "dangling link":
+        (root / "healthy/p8.nii.gz").symlink_to(root / "gone.nii.gz")
+        return r"p8\.nii\.gz"
+    shutil.rmtree(root / "healthy")
+    if how == "no folder":
+        return r"healthy does not exist\. Give the folder of the scans"
+    (root / "healthy").mkdir()
+    return r"healthy holds no scan: no DICOM, NIfTI, PNG, TIFF or JPEG file"
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "cut short",
+        "no mask",
+        "other shape",
+        "other orientation",
+        "empty mask",
+        "two suffixes",
+        "dangling link",
+        "no folder",
+        "empty folder",
+    ],
+)
+def test_a_mistake_gives_one_error_and_leaves_the_pictures_as_they_were(copied, tmp_path, how, before):
+    out = tmp_path / "out"
+    if before:
+        source(copied, out).prepare_data()
+    message, pictures = spoil(copied, how), [name for name in names(tmp_path) if ".lock" not in name]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        source(copied, out).prepare_data()
+    assert [name for name in names(tmp_path) if ".lock" not in name] == [
+        name for name in pictures if ".lock" not in name
+    ]
+
+
+def test_volumes_without_masks_have_no_labels(hospital, tmp_path):
+    with pytest.raises(ValueError, match=r"q0\.nii\.gz has 4 slices, and only a mask tells .* Give mask_dir"):
+        source(hospital, tmp_path / "out", mask_dir=None).prepare_data()
+
+
+def test_no_window(hospital, tmp_path):
+    with pytest.raises(ValueError, match=r"more than 8 bits a pixel and no intensity window of its own"):
+        source(hospital, tmp_path / "out", window=None).prepare_data()
+    with pytest.raises(ValueError, match=r"window=\[5, 1\] must be two ends"):
+        source(hospital, tmp_path / "out", window=[5, 1])
+
+
+def test_folders_of_others_are_left_alone(hospital, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"pictures=.* holds other files\. Name a new folder"):
+        source(hospital, tmp_path).prepare_data()
+    assert names(tmp_path) == ["thesis.txt"]
+
+
+def test_a_record_cut_short_is_written_anew(hospital, tmp_path):
+    source(hospital, tmp_path / "out").prepare_data()
+    (tmp_path / "out/scans.json").write_text("{")
+    source(hospital, tmp_path / "out").prepare_data()
+    assert json.loads((tmp_path / "out/scans.json").read_text())["window"] == WINDOW
+
+
+def test_8_bit_masks_follow_the_rule_of_8_bit_masks(tmp_path):
+    values = volume(1, lesion=False)[0][..., 0].astype(np.uint16)
+    for folder, content in (("healthy", values), ("ill", values)):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(content).save(tmp_path / folder / "a.png")
+    (tmp_path / "drawn").mkdir()
+    mask = Image.fromarray(np.eye(SIZE, dtype=np.uint8) * 255)
+    mask.save(tmp_path / "drawn/a.png")
+    source(tmp_path, tmp_path / "out").prepare_data()
+    assert np.array_equal(Image.open(tmp_path / "out/mask/a.png"), mask)
+    Image.fromarray(np.eye(SIZE, dtype=np.uint8)).save(tmp_path / "drawn/a.png")
+    with pytest.raises(ValueError, match=r"has values up to 1, and only those above 127 count as abnormal"):
+        source(tmp_path, tmp_path / "out").prepare_data()
+
+
+@pytest.mark.parametrize("path", ["ill/q0.nii.gz", "ill"])
+def test_prediction_has_a_map_and_a_picture_for_every_slice(hospital, tmp_path, tiny_config, path):
+    dataset = PredictScans(hospital / path, WINDOW, tmp_path / "out")
+    slices = SLICES * (ABNORMAL if path == "ill" else 1)
+    assert len(dataset) == slices
+    model = Mvfa(str(tiny_config), pretrained=None, image_size=56, few_shot_weight=0)
+    engine = Engine(default_root_dir=tmp_path / "run", accelerator="cpu", devices=1, enable_progress_bar=False)
+    batches = engine.predict(model, dataset=dataset)
+    assert sum(len(batch.anomaly_map) for batch in batches) == slices
+    shown = names(next((tmp_path / "run").rglob("images")))
+    assert [Path(name).name for name in shown] == names(tmp_path / "out/scans")
