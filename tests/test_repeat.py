@@ -37,6 +37,11 @@ def test_the_command_saves_means_and_intervals(mini_clip, phantom_root, tmp_path
     for run in report["runs"]:
         chosen, last = (run[key]["image_AUROC"] + run[key]["pixel_AUROC"] for key in ("selected_on_test", "last_epoch"))
         assert chosen >= last - 1e-6
+    assert report["versions"]["anomalib"]
+    assert [run["config"]["model"]["init_args"]["seed"] for run in report["runs"]] == [0, 1]
+    (first, second), (tested, again) = ([run[name] for run in report["runs"]] for name in ("train_set", "test_set"))
+    assert first != second  # another draw of the support
+    assert tested == again
     assert "95 % interval over images" in capsys.readouterr().out
     assert not list(output.parent.glob("*.partial"))
 

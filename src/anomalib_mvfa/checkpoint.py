@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from .files import written_whole
 from .model.adapters import BRANCHES
 from .model.torch_model import MvfaModel
 
@@ -56,9 +57,6 @@ def _is_state_dict(value: Any) -> bool:  # noqa: ANN401  # whatever a file holds
 def save_adapters(model: MvfaModel, path: str | Path) -> None:
     """Save a model's adapters in the published form; a file that was there stays whole until the new one is."""
     path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    torch.save(
-        {f"{branch}_adapters": getattr(model, f"{branch}_adapters").state_dict() for branch in BRANCHES}, partial
-    )
-    partial.replace(path)
+    state = {f"{branch}_adapters": getattr(model, f"{branch}_adapters").state_dict() for branch in BRANCHES}
+    with written_whole(path) as partial:
+        torch.save(state, partial)

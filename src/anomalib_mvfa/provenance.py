@@ -1,11 +1,13 @@
-"""Where numbers come from: commit, versions and device."""
+"""Where numbers come from: commit, versions, device and data."""
 
+import hashlib
 import platform
 import subprocess
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,3 +62,33 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def fingerprint(dataset: Any) -> str | None:  # noqa: ANN401  # any dataset of anomalib items
+    """Return a digest of a data set's images, labels and masks, whatever their order and names; None without samples.
+
+    Args:
+        dataset: An anomalib dataset, read by its table ``samples``.
+    """
+    samples = getattr(dataset, "samples", None)
+    if samples is None:
+        return None
+    masks = samples.mask_path if "mask_path" in samples else [None] * len(samples)
+    items = zip(samples.image_path, samples.label_index, masks, strict=True)
+    lines = sorted(f"{content_of(image)} {label} {content_of(mask) if mask else None}" for image, label, mask in items)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def content_of(path: str) -> str:
+    """Return the SHA-256 of a file's content; a file that has not changed is not read again."""
+    state = Path(path).stat()
+    return _content(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=2**16)
+def _content(path: str, _size: int, _changed: int) -> str:
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from anomalib.callbacks import ModelCheckpoint
 from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 
+from .files import written_whole
 from .intervals import METRICS, ScoreRecorder, Scores, bootstrap
-from .provenance import commit
+from .provenance import commit, device_name, fingerprint, versions
 
 
 class EveryEpoch(ModelCheckpoint):
@@ -53,11 +55,9 @@ def main(arguments: Sequence[str]) -> None:
         runs.append(run)
         scores.append(tested)
         # Written after each seed, so that a run cut short loses nothing.
-        report = _report(runs, bootstrap(scores, group_by, own.resamples), group_by, own.resamples)
-        own.output.parent.mkdir(parents=True, exist_ok=True)
-        partial = own.output.with_name(own.output.name + ".partial")
-        partial.write_text(json.dumps(report, indent=2))
-        partial.replace(own.output)
+        report = _report(train, runs, bootstrap(scores, group_by, own.resamples), group_by, own.resamples)
+        with written_whole(own.output) as partial:
+            partial.write_text(json.dumps(report, indent=2))
     _show(report, own.output)
 
 
@@ -81,8 +81,11 @@ def _run(seed: int, train: Sequence[str], every_epoch: bool) -> tuple[dict[str, 
     recorder = next(callback for callback in trainer.callbacks if isinstance(callback, ScoreRecorder))
     run = {
         "seed": seed,
-        "device": str(trainer.strategy.root_device),
+        "device": device_name(trainer.strategy.root_device),
+        "train_set": fingerprint(getattr(cli.datamodule, "train_data", None)),
+        "test_set": fingerprint(getattr(cli.datamodule, "test_data", None)),
         "epochs": trainer.current_epoch,
+        "config": yaml.safe_load(cli.parser.dump(cli.config))["train"],
         "settings": getattr(cli.model, "settings", None),
         "last_epoch": _figures(trainer),
     }
@@ -116,6 +119,7 @@ def _figures(trainer: Trainer) -> dict[str, float]:
 
 
 def _report(
+    train: Sequence[str],
     runs: list[dict[str, Any]],
     intervals: dict[str, list[float]],
     group_by: str | None,
@@ -130,6 +134,8 @@ def _report(
         last[name]["interval_95"] = interval
     report = {
         "commit": commit(),
+        "versions": versions(),
+        "command": ["anomalib", "train", *train],
         "calibration": (runs[0]["settings"] or {}).get("calibration"),
         "bootstrap": {"over": group_by or "images", "resamples": resamples},
         "last_epoch": last,

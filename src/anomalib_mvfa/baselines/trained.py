@@ -6,7 +6,7 @@ Axes: B images, H = W image size.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from anomalib import LearningType
@@ -16,12 +16,14 @@ from anomalib.models.components import AnomalibModule, TimmFeatureExtractor
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.v2.functional import normalize
 
 from ..contract import DataFacts, describe
 from ..evaluation import OrderKeepingPostProcessor, metrics
+from ..memory import MemoryAdvice
 from ..model.lightning_mixin import ONNX_OPSET, dataset_of, plan_epochs
 from ..model.processing import AntialiasedPreProcessor
 from ..model.weight_files import first_line
@@ -136,6 +138,10 @@ class TrainedMixin(_Host):
     def to_onnx(self, *args, **kwargs) -> Path:  # noqa: ANN002, ANN003
         """Export as anomalib does, in the operator set that torch writes; OpenVINO's export passes through here too."""
         return super().to_onnx(*args, **{"opset_version": ONNX_OPSET, **kwargs})
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return anomalib's callbacks, and advice for want of memory."""
+        return [*cast("Sequence[Callback]", super().configure_callbacks()), MemoryAdvice()]
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Runs one job of a comparison: anomalib's engine trains and tests, and callbacks keep what the report shows."""
 
 import ctypes
-import hashlib
 import logging
 import sys
 import time
@@ -31,8 +30,9 @@ from ..data.reading import read_image, read_mask
 from ..data.support import draw
 from ..evaluation import OrderKeepingPostProcessor, metrics
 from ..intervals import ScoreRecorder
+from ..memory import ADVICE, is_out_of_memory
 from ..model.torch_model import MvfaModel
-from ..provenance import commit, device_name, versions
+from ..provenance import commit, device_name, fingerprint, versions
 from .plan import Job
 from .results import Features, Pictures, Row, write_row, writing
 from .weights import build_model
@@ -104,7 +104,8 @@ def _return_large_blocks() -> None:
 def write_failure(job: Job, run: Path, error: BaseException, details: str = "") -> Row:
     """Write the row of a job that failed, and its traceback beside."""
     row = job.row()
-    row.error = " ".join(f"{type(error).__name__}: {error}".split())
+    advice = f" {ADVICE}" if is_out_of_memory(error) else ""
+    row.error = " ".join(f"{type(error).__name__}: {error}{advice}".split())
     row.date = _now()
     with writing(run, job.folder) as folder:
         (folder / "error.txt").write_text(details or row.error, "utf-8")
@@ -146,7 +147,7 @@ def _train_and_test(job: Job, folder: Path, gpu: int | None) -> Row:
     row.metrics = {name: float(value) for name, value in tested.items() if name.startswith(("image_", "pixel_"))}
     parts = {"train": "train_data", "validate": "val_data", "test": "test_data"}
     row.images = {name: len(getattr(datamodule, part, ())) for name, part in parts.items()}
-    row.test_set = _content(datamodule.test_data.samples)
+    row.train_set, row.test_set = fingerprint(datamodule.train_data), fingerprint(datamodule.test_data)
     row.random_weights, row.weights = origin.is_random, origin.name
     row.seconds = {
         "job": time.perf_counter() - start,
@@ -166,12 +167,6 @@ def _train_and_test(job: Job, folder: Path, gpu: int | None) -> Row:
 def job_arguments(job: Job, datamodule: Any) -> dict[str, Any]:  # noqa: ANN401  # a protocol's datamodule
     """Return arguments that a job sets where its model has them, and the method does not give them."""
     return {"seed": job.seed, "k_shot": job.k_shot or 0, "class_name": datamodule.class_name}
-
-
-def _content(samples: DataFrame) -> str:
-    """Digest of the contents of images, whatever their order and names."""
-    digests = sorted(hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in samples.image_path)
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _now() -> str:

@@ -127,7 +127,6 @@ def render(
         scatters=_scatters(run, outcome, shown_k),
         kind_keys=[(kind, Markup(figures.kind_key(kind, f"kind-{kind}"))) for kind in figures.KINDS],  # noqa: S704  # ours
         costs=_costs(outcome),
-        versions=_versions(outcome.rows),
         weights=_weights(outcome.rows),
     )
 
@@ -199,7 +198,7 @@ def _each(values: Iterable[Any]) -> list[Any]:
     return [value for value in dict.fromkeys(values) if value is not None]
 
 
-def facts(outcome: Outcome) -> dict[str, list[Any]]:
+def facts(outcome: Outcome) -> dict[str, Any]:
     """Return what was compared, on which data, and where the numbers come from."""
     rows = outcome.rows
     dates = sorted(row.date[:10] for row in rows if row.date)
@@ -211,7 +210,14 @@ def facts(outcome: Outcome) -> dict[str, list[Any]]:
         "devices": _each(row.device for row in rows),
         "commits": _each(row.commit for row in rows),
         "dates": _each([dates[0], dates[-1]]) if dates else [],
+        "versions": _versions(rows),
+        "test_sets": {name: _test_sets(row for row in rows if row.category == name) for name in outcome.categories},
     }
+
+
+def _test_sets(rows: Iterable[Row]) -> list[str]:
+    """Return the digests of what was tested, one unless rows are not comparable."""
+    return _each(row.test_set for row in rows)
 
 
 def _data(outcome: Outcome, summaries: Sequence[Summary]) -> list[dict[str, Any]]:
@@ -229,7 +235,7 @@ def _data(outcome: Outcome, summaries: Sequence[Summary]) -> list[dict[str, Any]
                     **{kind: known.get(kind) for kind in ("normal", "abnormal", "groups")},
                     "masks": any(metric.startswith("pixel") for cell in cells for metric in cell.figures),
                     "unlike": name in unlike,
-                    "digests": _each(row.test_set for cell in cells for row in cell.rows),
+                    "digests": _test_sets(row for cell in cells for row in cell.rows),
                 }
             )
     return lines

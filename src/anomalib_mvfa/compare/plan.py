@@ -12,6 +12,8 @@ import yaml
 from anomalib.data import AnomalibDataModule, get_datamodule
 
 from ..data.protocols import FewShot, FullNormal, LeaveOneOut
+from ..files import written_whole
+from ..provenance import content_of
 from .results import Row, read_row
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
@@ -142,9 +144,8 @@ class Comparison:
 
     def save(self, path: Path) -> None:
         """Write a YAML file, complete or not at all."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True), "utf-8")
-        partial.replace(path)
+        with written_whole(path) as partial:
+            partial.write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True), "utf-8")
 
     def sources(self) -> dict[str, dict[str, Any]]:
         """Return the mapping of every category's datamodule, by the category's name.
@@ -243,16 +244,21 @@ class Job:
         return safe if safe == name else f"{safe}-{_digest(name)[:6]}"  # so that no two names become one
 
     @property
-    def digest(self) -> str:
-        """Digest of all that decides the job's result, as far as it is asked for."""
+    def asked(self) -> dict[str, Any]:
+        """All that decides the job's result, as far as it is asked for: plain values."""
         asked = asdict(self)
         asked["sources"] = asked["sources"] if self.method.protocol == "leave_one_out" else self.sources[self.category]
         for name in ("is_first", "accelerator"):
             del asked[name]
         del asked["method"]["categories"]  # of which this job is one
         if self.weights not in {None, MODEL_DEFAULT} and (file := Path(str(self.weights))).is_file():
-            asked["weights_size"] = file.stat().st_size
-        return _digest(json.dumps(asked, sort_keys=True, default=str))
+            asked["weights_content"] = content_of(str(file))
+        return json.loads(json.dumps(asked, default=str))
+
+    @property
+    def digest(self) -> str:
+        """Digest of what is asked for."""
+        return _digest(json.dumps(self.asked, sort_keys=True))
 
     def row(self) -> Row:
         """Return the job's row, still empty."""
@@ -264,6 +270,7 @@ class Job:
             seed=self.seed,
             job=self.folder,
             digest=self.digest,
+            config=self.asked,
         )
 
     def finished(self, run: Path) -> Row | None:

@@ -1,5 +1,6 @@
 """A report of a comparison: one self-contained page, its tables in Markdown, and a line a job as CSV."""
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 from jsonargparse import ArgumentParser
 
+from ..files import written_whole
 from .page import facts, notices, percent, protocol, render
 from .paper import PaperTable, paper_table
 from .results import Row
@@ -44,11 +46,9 @@ def report(run: Path, resamples: int = 1000) -> Path:
         "index.html": render(run, outcome, summaries, paper, resamples),
     }
     folder = run / "report"
-    folder.mkdir(exist_ok=True)
     for name, text in files.items():
-        partial = folder / f".{name}.partial"
-        partial.write_text(text, "utf-8")
-        partial.replace(folder / name)
+        with written_whole(folder / name) as partial:
+            partial.write_text(text, "utf-8", errors="backslashreplace")  # names of files may be no text
     return folder / "index.html"
 
 
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _csv(rows: Sequence[Row]) -> str:
-    table = pd.json_normalize([asdict(row) for row in rows])
+    table = pd.json_normalize([{**asdict(row), "config": json.dumps(row.config)} for row in rows])
     table["k_shot"] = table["k_shot"].astype("Int64")  # whole numbers, although some lack
     return table.to_csv(index=False, lineterminator="\n")
 
@@ -110,6 +110,9 @@ def _origin(outcome: Outcome) -> str:
         "commit": known["commits"] or ["not from a checkout"],
         "device": known["devices"],
         "date": known["dates"],
+        "versions": [f"{name} {' / '.join(found)}" for name, found in known["versions"].items()],
+        "test images": [f"{name} {digest[:12]}" for name, found in known["test_sets"].items() for digest in found],
+        "configuration": ["../config.yaml"],
     }
     return "; ".join(f"{name} {', '.join(map(str, values))}" for name, values in parts.items() if values) + "."
 

@@ -35,10 +35,13 @@ class Row:
         seed: Of draws, orders and initial weights.
         job: Name of the job's folder.
         digest: Of all that the job was asked to do; a job with another digest is another job.
+        config: The same in full.
         error: What went wrong, in one line; None for a finished job.
         metrics: Values in [0, 1] by anomalib's names, such as "image_AUROC"; no pixel metrics without masks.
         images: How many images "train", "validate" and "test".
-        test_set: Digest of the tested files' contents: rows with different ones can't be compared.
+        train_set: Digest of the contents of images that were learnt from, with their labels and masks; of few-shot,
+            that is the support.
+        test_set: The same of the tested ones: rows with different ones can't be compared.
         random_weights: Whether the frozen backbone's weights are random, so that scores mean nothing clinically.
         weights: Name of the file that the backbone's weights came from, or what the model takes by itself.
         seconds: "fit", and "image", to score one test image.
@@ -57,9 +60,11 @@ class Row:
     seed: int
     job: str
     digest: str
+    config: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     images: dict[str, int] = field(default_factory=dict)
+    train_set: str | None = None
     test_set: str | None = None
     random_weights: bool = False
     weights: str | None = None
@@ -151,7 +156,13 @@ def job_folder(run: Path, job: str) -> Path:
 def read_row(run: Path, job: str) -> Row | None:
     """Return a job's row, or None if it has not ended."""
     path = job_folder(run, job) / "row.json"
-    return Row(**json.loads(path.read_text("utf-8"))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return Row(**json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        msg = f"{path} is no row of a job ({error}). Remove its folder, and the job is run again."
+        raise ValueError(msg) from error
 
 
 def read_rows(run: Path) -> list[Row]:

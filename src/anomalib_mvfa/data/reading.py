@@ -1,5 +1,7 @@
 """Reads images and masks as the published code does, as 8-bit RGB and grey; what that would distort is refused."""
 
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,10 @@ from PIL import Image, ImageFile, ImageOps
 
 MASK_THRESHOLD = 127
 """Of 8-bit mask values; above is abnormal."""
+_TOO_DEEP = (
+    "{} has more than 8 bits a channel, and only its origin tells which intensity window to show. Convert it to 8 bits "
+    "with that window, or read it by Scans or, to predict, PredictScans, which do."
+)
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -48,6 +54,14 @@ def is_deep(image: ImageFile.ImageFile) -> bool:
     return image.mode in {"I", "F"} or ";16" in f"{image.mode} {image.tile}"
 
 
+def refuse_deep(paths: Iterable[str]) -> None:
+    """Raise ValueError for images of more than 8 bits, whose values readers other than ours cut off at 255."""
+    for path in paths:
+        with suppress(OSError), Image.open(path) as image:  # what is unreadable is not for us to refuse
+            if is_deep(image):
+                raise ValueError(_TOO_DEEP.format(path))
+
+
 def _load(path: str | Path, mode: str) -> Image.Image:
     """Read a file in a mode, upright if its EXIF data say how it was held."""
     try:
@@ -62,11 +76,7 @@ def _load(path: str | Path, mode: str) -> Image.Image:
         msg = f"{path} cannot be read as an image ({error}). Restore the file or take it out of the data set."
         raise ValueError(msg) from error
     if deep:
-        msg = (
-            f"{path} has more than 8 bits a channel, and only its origin tells which intensity window to show. "
-            "Convert it to 8 bits with that window, or read it by Scans or, to predict, PredictScans, which do."
-        )
-        raise ValueError(msg)
+        raise ValueError(_TOO_DEEP.format(path))
     if pages > 1:
         msg = (
             f"{path} has {pages} pages, of which one would be read. Save them as files of their own, or read them by "

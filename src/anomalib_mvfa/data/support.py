@@ -1,6 +1,5 @@
 """Which images are the support, drawn from a seed or named in a published list, and how groups are kept apart."""
 
-import hashlib
 import logging
 import re
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from anomalib.data.utils import LabelName
 from pandas import DataFrame
 from torch.utils.data import Dataset
 
+from ..provenance import content_of
 from .dataset import SampleDataset, SupportViews
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
@@ -133,17 +133,13 @@ def same_content(support: Iterable[str], others: Iterable[str]) -> list[tuple[st
     """Return pairs of a support file and another file with the same bytes."""
     by_size: dict[int, dict[str, str]] = {}
     for path in support:
-        by_size.setdefault(Path(path).stat().st_size, {})[_digest(path)] = path
+        by_size.setdefault(Path(path).stat().st_size, {})[content_of(path)] = path
     pairs = []
     for path in others:
         twins = by_size.get(Path(path).stat().st_size)  # only files of the same size need be read
-        if twins and (digest := _digest(path)) in twins:
+        if twins and (digest := content_of(path)) in twins:
             pairs.append((twins[digest], path))
     return pairs
-
-
-def _digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def support_of(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from anomalib import LearningType
@@ -17,7 +17,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -26,8 +26,10 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
 
 from ..contract import DataFacts, class_name_of, describe, has_label
+from ..data.reading import refuse_deep
 from ..data.support import support_of
 from ..evaluation import metrics
+from ..memory import MemoryAdvice
 from .frozen_cache import FrozenCache
 from .fusion import Weights
 from .processing import AntialiasedPreProcessor, ThresholdScaledPostProcessor
@@ -331,6 +333,13 @@ class LightningMixin(_Host):
 
     # ------------------------------------------------------------------ evaluation
 
+    def on_test_batch_start(self, batch: ImageBatch, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
+        """Refuse what anomalib's own data sets have read with most of its values cut off."""
+        del args, kwargs
+        refuse_deep(batch.image_path or [])
+
+    on_train_batch_start = on_validation_batch_start = on_predict_batch_start = on_test_batch_start
+
     def on_validation_start(self) -> None:
         """Build the bank from the adapters as they are now."""
         self._prepare_to_score()
@@ -608,6 +617,10 @@ class LightningMixin(_Host):
             raise ValueError(msg)
 
     # ------------------------------------------------------------------ anomalib's contract
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return anomalib's callbacks, and advice for want of memory."""
+        return [*cast("Sequence[Callback]", super().configure_callbacks()), MemoryAdvice()]
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

@@ -1,0 +1,32 @@
+"""What to do when the memory does not suffice."""
+
+import logging
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
+
+ADVICE = (
+    "The memory did not suffice. Ways out, those without effect on scores first: a smaller eval_batch_size or "
+    "train_batch_size of the data; trainer.precision=bf16-mixed; a smaller k_shot or bank_images, or a coreset of the "
+    "memory bank; a smaller image_size or backbone; another device (trainer.accelerator)."
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of a device, or of the computer, did not suffice."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+class MemoryAdvice(Callback):
+    """Says what to do when a run ends for want of memory, beside the error itself."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Log the advice, with the batch sizes in use."""
+        if not is_out_of_memory(exception):
+            return
+        datamodule = getattr(trainer, "datamodule", None)
+        sizes = {name: getattr(datamodule, name, None) for name in ("train_batch_size", "eval_batch_size")}
+        in_use = ", ".join(f"{name}={size}" for name, size in sizes.items() if size)
+        logger.error("%s (Now: %s.)", ADVICE, ", ".join(filter(None, (str(pl_module.device), in_use))))
