@@ -46,6 +46,9 @@ def load_adapters(model: MvfaModel, path: str | Path) -> None:
                 f"file and {expected.get(name, 'missing')} in the model. Check backbone, levels and adaptation."
             )
             raise ValueError(msg)
+    if spoilt := [name for key in keys for name, weight in saved[key].items() if not torch.isfinite(weight).all()]:
+        msg = f"adapters={str(path)!r} have values that are not finite, in {spoilt[:3]}. The file is spoilt."
+        raise ValueError(msg)
     for key in keys:
         getattr(model, key).load_state_dict(saved[key])
 

@@ -1,6 +1,7 @@
 """What to do when the memory does not suffice."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -30,3 +31,8 @@ class MemoryAdvice(Callback):
         sizes = {name: getattr(datamodule, name, None) for name in ("train_batch_size", "eval_batch_size")}
         in_use = ", ".join(f"{name}={size}" for name, size in sizes.items() if size)
         logger.error("%s (Now: %s.)", ADVICE, ", ".join(filter(None, (str(pl_module.device), in_use))))
+
+
+def advised(callbacks: Sequence[Callback] | Callback) -> list[Callback]:
+    """Return a model's callbacks and :class:`MemoryAdvice`."""
+    return [*(callbacks if isinstance(callbacks, Sequence) else [callbacks]), MemoryAdvice()]

@@ -34,7 +34,7 @@ PUBLISHED = {
     "resnet50": "https://storage.googleapis.com/pytrial/medclip-pretrained.zip",
     "swin_tiny_patch4_window7_224": "https://storage.googleapis.com/pytrial/medclip-vit-pretrained.zip",
 }
-"""Where MedCLIP's own code finds its weights, by timm's name of the image tower."""
+"""Where the weights are that MedCLIP's own code downloads, by timm's name of the image tower."""
 MEMBER = "pytorch_model.bin"
 """Of these archives, the file with the state dict."""
 STAGES = 4
@@ -63,7 +63,7 @@ class StageBackbone(nn.Module):
 
     Args:
         backbone: Timm's name of the network.
-        pretrained: "medclip", "imagenet", a file, or None for random weights.
+        pretrained: A file, "imagenet", or None for random weights.
         image_size: Height and width of its input in pixels.
 
     Attributes:
@@ -124,20 +124,19 @@ def _network(backbone: str, pretrained: str | None) -> nn.Module:
             return timm.create_model(backbone, num_classes=0)
     ways_out = (
         f"Ways out: give pretrained= the path of MedCLIP's {MEMBER} or of the archive that it comes in "
-        f"({PUBLISHED.get(backbone, 'none is published for this backbone')}); or run once with a network; or "
-        "pretrained=imagenet for timm's weights; or pretrained=null for random ones, to try the software out."
+        f"({PUBLISHED.get(backbone, 'none is published for this backbone')}; it is not downloaded by itself, since its "
+        "authors publish no checksum); or pretrained=imagenet for timm's weights; or pretrained=null for random ones, "
+        "to try the software out."
     )
-    path = Path(pretrained).expanduser()
-    try:
-        if pretrained == "imagenet":
+    if pretrained == "imagenet":
+        try:
             return timm.create_model(backbone, pretrained=True, num_classes=0)
-        if pretrained == "medclip" and backbone in PUBLISHED:
-            path = _downloaded(PUBLISHED[backbone])
-    except Exception as error:  # the downloaders raise whatever their transport raises
-        msg = f"The weights {pretrained!r} of {backbone} could not be had ({first_line(error)}). {ways_out}"
-        raise RuntimeError(msg) from error
+        except Exception as error:  # the downloaders raise whatever their transport raises
+            msg = f"The weights {pretrained!r} of {backbone} could not be had ({first_line(error)}). {ways_out}"
+            raise RuntimeError(msg) from error
+    path = Path(pretrained).expanduser()
     if not path.is_file():
-        msg = f"pretrained={pretrained!r} is neither a file nor a tag of {backbone}. {ways_out}"
+        msg = f"pretrained={pretrained!r} is no file. {ways_out}"
         looks_like_path = path.suffix or len(path.parts) > 1
         raise FileNotFoundError(msg) if looks_like_path else ValueError(msg)
     with torch.random.fork_rng(devices=[]):  # what it initialises is overwritten
@@ -146,21 +145,20 @@ def _network(backbone: str, pretrained: str | None) -> nn.Module:
     return network
 
 
-def _downloaded(url: str) -> Path:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path))
-    return path
-
-
 def _read(path: Path) -> State:
     """Read a state dict, from the archive that it is published in too."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             members = [name for name in archive.namelist() if name.rpartition("/")[2] == MEMBER]
             if members:
-                return torch.load(io.BytesIO(archive.read(members[0])), map_location="cpu", weights_only=True)
+                try:
+                    return torch.load(io.BytesIO(archive.read(members[0])), map_location="cpu", weights_only=True)
+                except Exception as error:
+                    msg = (
+                        f"pretrained={str(path)!r} cannot be read ({first_line(error)}); its {MEMBER} must be a state "
+                        "dict without code, and whole."
+                    )
+                    raise ValueError(msg) from error
     return read_state(path)
 
 
@@ -238,7 +236,7 @@ class MedClipModel(ClipModel):
 
     Args:
         backbone: See :class:`StageBackbone`, as for the next two.
-        pretrained: "medclip", "imagenet", a file, or None for random weights.
+        pretrained: A file, "imagenet", or None for random weights.
         image_size: Height and width of images in pixels.
         levels: Stages (from 1) whose output is compared.
 
@@ -277,10 +275,10 @@ class MedClip(FrozenMixin, AnomalibModule):
     Args:
         backbone: Timm's name of a network with four stages: "swin_tiny_patch4_window7_224" or "resnet50" for the
             published weights.
-        pretrained: "medclip" for the published weights, downloaded; or path of a file: MedCLIP's pytorch_model.bin or
-            its archive, or a state dict of the network in the form of torchvision, timm or transformers; or
-            "imagenet", timm's weights, as a stand-in; or None for seeded random weights, the default if the
-            environment variable ``ANOMALIB_MVFA_PRETRAINED`` is "null".
+        pretrained: Path of a file: MedCLIP's pytorch_model.bin or its archive, which is not downloaded by itself, or a
+            state dict of the network in the form of torchvision, timm or transformers; or "imagenet", timm's weights,
+            as a stand-in; or None for seeded random weights, the default if the environment variable
+            ``ANOMALIB_MVFA_PRETRAINED`` is "null".
         image_size: Height and width in pixels to which images are squashed.
         levels: Stages (from 1) whose output is compared. The first has low-level features and 3136 patches an image.
         calibration: What sets the range by which distances are scaled: the "support" images, "none", or the whole

@@ -15,12 +15,14 @@ from anomalib.models.components import AnomalibModule, GaussianBlur2d
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torch.nn.functional import cosine_similarity, max_pool2d
 from torchvision.models import get_model
 
 from ..evaluation import OrderKeepingPostProcessor, metrics
+from ..memory import advised
 from ..model.lightning_mixin import DEFAULT_PRETRAINED, ONNX_OPSET, check_numbers, plan_epochs
 from ..model.processing import AntialiasedPreProcessor
 from ..model.torch_model import check_choice
@@ -229,6 +231,10 @@ class Mkd(AnomalibModule):
         """Settle how long to train."""
         if stage == "fit":
             plan_epochs(self.trainer, self.hparams["max_epochs"])
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return anomalib's callbacks, and advice for want of memory."""
+        return advised(super().configure_callbacks())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam over the student."""

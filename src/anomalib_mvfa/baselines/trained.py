@@ -6,7 +6,7 @@ Axes: B images, H = W image size.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib import LearningType
@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import normalize
 
 from ..contract import DataFacts, describe
 from ..evaluation import OrderKeepingPostProcessor, metrics
-from ..memory import MemoryAdvice
+from ..memory import advised
 from ..model.lightning_mixin import ONNX_OPSET, dataset_of, plan_epochs
 from ..model.processing import AntialiasedPreProcessor
 from ..model.weight_files import first_line
@@ -141,7 +141,7 @@ class TrainedMixin(_Host):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return anomalib's callbacks, and advice for want of memory."""
-        return [*cast("Sequence[Callback]", super().configure_callbacks()), MemoryAdvice()]
+        return advised(super().configure_callbacks())
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

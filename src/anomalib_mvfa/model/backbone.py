@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from .linear import linear
-from .weight_files import RANDOM_SEED, State, fingerprint, first_line, load_state, read_state
+from .weight_files import RANDOM_SEED, State, checked_download, fingerprint, first_line, load_state, read_state
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -244,7 +244,8 @@ def _read_weights(
         looks_like_path = path.suffix or len(path.parts) > 1
         raise FileNotFoundError(msg) if looks_like_path else ValueError(msg)
     try:
-        return _read_file(Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(backbone, pretrained))))
+        config = open_clip.get_pretrained_cfg(backbone, pretrained)
+        return _read_file(checked_download(Path(open_clip.download_pretrained(config))))
     except Exception as error:  # the downloaders raise whatever their transport raises
         msg = f"The weights {pretrained!r} of {backbone} could not be had ({first_line(error)}). {ways_out}"
         raise RuntimeError(msg) from error

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib import LearningType
@@ -29,7 +29,7 @@ from ..contract import DataFacts, class_name_of, describe, has_label
 from ..data.reading import refuse_deep
 from ..data.support import support_of
 from ..evaluation import metrics
-from ..memory import MemoryAdvice
+from ..memory import advised
 from .frozen_cache import FrozenCache
 from .fusion import Weights
 from .processing import AntialiasedPreProcessor, ThresholdScaledPostProcessor
@@ -620,7 +620,7 @@ class LightningMixin(_Host):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return anomalib's callbacks, and advice for want of memory."""
-        return [*cast("Sequence[Callback]", super().configure_callbacks()), MemoryAdvice()]
+        return advised(super().configure_callbacks())
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

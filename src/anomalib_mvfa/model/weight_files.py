@@ -1,6 +1,7 @@
 """Weights of frozen backbones: read from files, fitted to networks, and told apart."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..provenance import content_of
 from .torchscript import is_torchscript, read_torchscript
 
 RANDOM_SEED = 0
@@ -72,6 +74,9 @@ def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], backbone: 
             f"{misshaped[:3]}. Name the backbone that the file was made for."
         )
         raise ValueError(msg)
+    if spoilt := [key for key, value in state.items() if not torch.isfinite(value).all()]:
+        msg = f"The weights {pretrained!r} have values that are not finite, in {spoilt[:3]}. The file is spoilt."
+        raise ValueError(msg)
     network.load_state_dict(state)
 
 
@@ -90,6 +95,21 @@ def fingerprint(state: Mapping[str, torch.Tensor], note: str = "") -> str:
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(sample.cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def checked_download(path: Path) -> Path:
+    """Return the path of a download, if its content is the published one as far as its name tells.
+
+    The cache of Hugging Face names a file by the SHA-256 of its content; open_clip checks what it downloads elsewhere.
+
+    Raises:
+        ValueError: The file is another one, for instance cut short.
+    """
+    file = path.resolve()
+    if re.fullmatch("[0-9a-f]{64}", file.name) and content_of(str(file)) != file.name:
+        msg = f"{file} is not what its name says: its content has the SHA-256 {content_of(str(file))}. Remove it"
+        raise ValueError(msg)
+    return path
 
 
 def first_line(error: Exception) -> str:
