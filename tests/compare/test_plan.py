@@ -119,12 +119,12 @@ def test_a_changed_job_has_another_digest_and_the_others_keep_theirs(comparison)
     assert {name for name in before if before[name] != after[name]} == {"MVFA-Brain-k2-s0", "MVFA-Chest-k2-s0"}
 
 
-def test_a_larger_weight_file_makes_another_job(comparison, tmp_path):
+def test_another_weight_file_makes_another_job(comparison, tmp_path):
     file = tmp_path / "weights.pt"
     file.write_bytes(b"1")
     plan = comparison(weights={"MVFA": str(file)})
     before = [job.digest for job in plan.jobs()]
-    file.write_bytes(b"12")
+    file.write_bytes(b"2")
     same = [one == other for one, other in zip(before, (job.digest for job in plan.jobs()), strict=True)]
     assert same == [True, False, True, False]
 
@@ -165,6 +165,18 @@ MISTAKES = {
         {"methods": {"A": {"protocol": "few_shot", "model": {"class_path": "Padim"}, "categories": "Brain"}}},
         "methods.A.categories='Brain' must be a list",
     ),
+    "trainer": (
+        {"methods": {"A": {"protocol": "few_shot", "model": {"class_path": "Padim"}, "trainer": {"devices": 2}}}},
+        r"methods\.A\.trainer names \['devices'\], to choose from are: accumulate_grad",
+    ),
+    "data of a protocol": (
+        {"methods": {"A": {"protocol": "few_shot", "model": {"class_path": "Padim"}, "data": {"k_shot": 2}}}},
+        r"methods\.A\.data names \['k_shot'\], to choose from are: augmentations, eval_batch_size",
+    ),
+    "group": ({"group_by": "("}, r"group_by='\(' is no regular expression"),
+    "accelerator": ({"accelerator": "gpuu"}, "accelerator='gpuu' must be one of: auto, gpu, .*cpu"),
+    "paper": ({"paper": "table9"}, "paper='table9' is not a table of the paper"),
+    "weights of no text": ({"weights": {"MVFA": 5}}, r"weights=.* must be a mapping from names, each to text or null"),
     "no method": ({"methods": {}}, "methods=.* must name at least one"),
     "no seed": ({"seeds": []}, "seeds=.* must name at least one"),
     "one seed": ({"seeds": 0}, r"seeds=0 must be a list of whole numbers from 0 on"),
@@ -196,6 +208,8 @@ def test_mistakes_in_data_are_named(comparison, two_categories):
         comparison(categories=["Brain"], methods=methods("leave_one_out")).jobs()
     with pytest.raises(ValueError, match="do not suit BMADOneClass"):
         comparison(data={"class_path": "BMADOneClass", "init_args": {"folder": "x"}}).jobs()
+    with pytest.raises(ValueError, match=r"data\.class_path='Foldr' is no datamodule of anomalib or this package"):
+        comparison(data={"class_path": "Foldr"}).jobs()
     with pytest.raises(ValueError, match="must be a mapping with class_path"):
         comparison(data={"root": "x"}, categories=None).jobs()
 

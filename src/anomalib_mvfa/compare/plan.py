@@ -4,22 +4,31 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from anomalib.data import AnomalibDataModule, get_datamodule
+from anomalib.data import AnomalibDataModule, UnknownDatamoduleError, get_datamodule
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
 
-from ..data.protocols import FewShot, FullNormal, LeaveOneOut
+from ..data.protocols import FewShot, FullNormal, LeaveOneOut, _Protocol, checked_pattern
 from ..files import written_whole
 from ..provenance import content_of
+from .paper import paper_table
 from .results import Row, read_row
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 Protocol = Literal["full_normal", "few_normal", "few_shot", "leave_one_out", "zero_shot"]
 WITH_SHOTS = ("few_normal", "few_shot")
+SET_BY_JOB = {
+    "data": ("source", "sources", "held_out", "k_shot", "abnormal_shots", "support_list", "group_by", "seed", "kwargs"),
+    "trainer": ("accelerator", "devices", "num_nodes", "strategy", "logger", "callbacks", "default_root_dir"),
+}
+"""Arguments that a method does not have a say in: the comparison sets them."""
 Built = TypeVar("Built")
 MODEL_DEFAULT = "default"
 """Stands for the weights that a model loads by itself, in methods that `weights` does not name."""
@@ -45,6 +54,30 @@ class Method:
     data: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     categories: list[str] | None = None
+
+    def check(self, where: str) -> None:
+        """Check what can be checked without data.
+
+        Args:
+            where: What errors put before an argument's name.
+
+        Raises:
+            ValueError: An argument is unknown, or none of the method's.
+        """
+        if not isinstance(self.model.get("class_path"), str):
+            msg = f"{where}model={self.model!r} must be a mapping with class_path and init_args."
+            raise ValueError(msg)  # noqa: TRY004  # the file's value is at fault
+        if self.categories == []:
+            msg = f"{where}categories=[] must be a list with at least one category."
+            raise ValueError(msg)
+        protocol = LeaveOneOut if self.protocol == "leave_one_out" else FewShot
+        accepted = {"data": {*signature(protocol).parameters, *signature(_Protocol).parameters}}
+        accepted["trainer"] = set(signature(Trainer).parameters)
+        for name, names in accepted.items():
+            accepted_here = sorted(names - set(SET_BY_JOB[name]))
+            if unknown := sorted(set(getattr(self, name)) - set(accepted_here)):
+                msg = f"{where}{name} names {unknown}, to choose from are: {', '.join(accepted_here)}."
+                raise ValueError(msg)
 
 
 @dataclass
@@ -91,30 +124,25 @@ class Comparison:
             if not isinstance(values, list) or not all(type(value) is int and value >= least for value in values):
                 msg = f"{name}={values!r} must be a list of whole numbers from {least} on, such as [{least}, 4]."
                 raise ValueError(msg)
-        kinds = {"categories": (list, type(None)), "methods": (dict,), "weights": (dict,)}
-        wrong = {name for name, kind in kinds.items() if not isinstance(getattr(self, name), kind)}
-        for name in sorted(wrong):
-            what = "a list of names, or null" if name == "categories" else "a mapping from methods' names"
-            msg = f"{name}={getattr(self, name)!r} must be {what}."
-            raise ValueError(msg)
+        _check_types(Comparison, vars(self))
         self.methods = {
             name: method if isinstance(method, Method) else _build(Method, method, f"methods.{name}")
             for name, method in self.methods.items()
         }
         for name, method in self.methods.items():
-            if method.protocol not in get_args(Protocol):
-                msg = f"methods.{name}.protocol={method.protocol!r} must be one of: {', '.join(get_args(Protocol))}."
-                raise ValueError(msg)
-            if "class_path" not in method.model:
-                msg = f"methods.{name}.model={method.model!r} must be a mapping with class_path and init_args."
-                raise ValueError(msg)
-            if method.categories is not None and not (isinstance(method.categories, list) and method.categories):
-                msg = f"methods.{name}.categories={method.categories!r} must be a list with at least one category."
-                raise ValueError(msg)
+            _check_types(Method, vars(method), f"methods.{name}.")
+            method.check(f"methods.{name}.")
         for name, values in (("methods", self.methods), ("k_shots", self.k_shots), ("seeds", self.seeds)):
             if not values or len(set(values)) != len(values):
                 msg = f"{name}={list(values)} must name at least one, and none twice."
                 raise ValueError(msg)
+        checked_pattern("group_by", self.group_by)
+        accelerators = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
+        if self.accelerator not in accelerators:
+            msg = f"accelerator={self.accelerator!r} must be one of: {', '.join(accelerators)}."
+            raise ValueError(msg)
+        if self.paper is not None:
+            paper_table(self.paper)
         unknown = sorted(set(self.weights) - set(self.methods))
         if unknown:
             msg = f"weights names {unknown}, which are no methods of this comparison: {', '.join(self.methods)}."
@@ -155,11 +183,7 @@ class Comparison:
         """
         mappings = self.data if isinstance(self.data, list) else [self.data]
         if self.categories is not None:
-            mappings = [
-                {**mapping, "init_args": {**mapping.get("init_args", {}), "category": category}}
-                for mapping in mappings
-                for category in self.categories
-            ]
+            mappings = [_with_category(mapping, category) for mapping in mappings for category in self.categories]
         found: dict[str, dict[str, Any]] = {}
         for mapping in mappings:
             source = _datamodule(mapping)
@@ -299,14 +323,23 @@ class Job:
         return FewShot(source, abnormal_shots=0, **split, **{"train_batch_size": self.split_shots, **arguments})
 
 
+def _with_category(mapping: dict[str, Any], category: str) -> dict[str, Any]:
+    arguments = mapping.get("init_args", {})
+    return {**mapping, "init_args": {**arguments, "category": category}} if isinstance(arguments, Mapping) else mapping
+
+
 def _datamodule(mapping: Mapping[str, Any]) -> AnomalibDataModule:
-    if "class_path" not in mapping:
+    arguments = mapping.get("init_args", {})
+    if not isinstance(mapping.get("class_path"), str) or not isinstance(arguments, Mapping):
         msg = f"data={dict(mapping)!r} must be a mapping with class_path and init_args, or a list of such."
-        raise ValueError(msg)
+        raise ValueError(msg)  # noqa: TRY004  # the file's value is at fault
     try:
         return get_datamodule(dict(mapping))
-    except TypeError as error:
-        msg = f"data.init_args={mapping.get('init_args')!r} do not suit {mapping['class_path']} ({error})."
+    except UnknownDatamoduleError as error:
+        msg = f"data.class_path={mapping['class_path']!r} is no datamodule of anomalib or this package ({error})"
+        raise ValueError(msg) from error
+    except (TypeError, AttributeError) as error:
+        msg = f"data.init_args={arguments!r} do not suit {mapping['class_path']} ({error})."
         raise ValueError(msg) from error
 
 
@@ -322,6 +355,45 @@ def _build(cls: type[Built], arguments: Any, where: str) -> Built:  # noqa: ANN4
         )
         raise ValueError(msg)
     return cls(**arguments)
+
+
+def _check_types(cls: type, arguments: Mapping[str, Any], where: str = "") -> None:
+    """Raise ValueError for an argument that is not of its type."""
+    for name, kind in get_type_hints(cls).items():
+        if not _is_a(arguments[name], kind):
+            msg = f"{where}{name}={arguments[name]!r} must be {_form(kind)}."
+            raise ValueError(msg)
+
+
+def _form(kind: Any) -> str:  # noqa: ANN401  # any annotation
+    """Say what values of a type look like in a file."""
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return f"one of: {', '.join(parts)}"
+    if get_origin(kind) is list:
+        return {str: "a list of names", int: "a list of whole numbers"}.get(parts[0], f"a list, each {_form(parts[0])}")
+    if get_origin(kind) is dict:
+        return "a mapping" if parts[1] is Any else f"a mapping from names, each to {_form(parts[1])}"
+    if parts:
+        return " or ".join(map(_form, parts))
+    return {str: "text", type(None): "null"}.get(kind, "a mapping")
+
+
+def _is_a(value: Any, kind: Any) -> bool:  # noqa: ANN401  # any value, any annotation
+    """Whether a value is of a type, inside of lists and mappings too; mappings stand for dataclasses."""
+    parts = get_args(kind)
+    if kind is Any:
+        return True
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_a(item, parts[0]) for item in value)
+    if get_origin(kind) is dict:
+        items = value.items() if isinstance(value, dict) else [(None, None)]
+        return all(_is_a(key, parts[0]) and _is_a(item, parts[1]) for key, item in items)
+    if get_origin(kind) is Literal:
+        return value in parts
+    if parts:  # a union
+        return any(_is_a(value, part) for part in parts)
+    return isinstance(value, kind) or (is_dataclass(kind) and isinstance(value, dict))
 
 
 def _digest(text: str) -> str:

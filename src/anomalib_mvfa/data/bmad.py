@@ -1,6 +1,8 @@
 """BMAD (Bao et al., 2023): six medical data sets, in anomalib's and in the published folder layout."""
 
+import logging
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,8 @@ from torchvision.transforms.v2 import Transform
 
 from .dataset import SampleDataset
 from .protocols import FewShot, LeaveOneOut
+
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 MASK_FOLDERS = ("label", "anomaly_mask")
@@ -78,7 +82,11 @@ def find_samples(root: str | Path, category: str, split: str) -> DataFrame:
     folder = category_folder(root, category) / split
     rows = []
     for kind, label in (("good", LabelName.NORMAL), ("Ungood", LabelName.ABNORMAL)):
-        images = _images(folder / kind / "img") or _images(folder / kind)
+        within, beside = _images(folder / kind / "img"), _images(folder / kind)
+        if within and beside:
+            msg = f"{folder / kind} has images both in img/ and beside it, such as {beside[0].name}. Put all in img/."
+            raise ValueError(msg)
+        images = within or beside
         masks: dict[str, Path] = {}
         if CATEGORIES[category].has_masks and label == LabelName.ABNORMAL and images:
             masks = _match_masks(folder / kind, images)
@@ -101,14 +109,26 @@ def find_samples(root: str | Path, category: str, split: str) -> DataFrame:
 
 
 def _images(folder: Path) -> list[Path]:
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
+    """Return the images in a folder; hidden files and folders are none, and other files are named in the log."""
+    there = folder.iterdir() if folder.is_dir() else ()
+    found = sorted(path for path in there if not path.name.startswith("."))
+    images = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
+    if spoilt := [path for path in images if not path.is_file()]:
+        msg = f"{spoilt[0]} is no file: a folder, or a link to nothing. Restore it or take it out of the data set."
+        raise ValueError(msg)
+    if left := [path.name for path in found if path not in set(images) and not path.is_dir()]:
+        logger.warning("%s: %d files are no images by their names and left out: %s.", folder, len(left), left[:5])
+    return images
 
 
 def _match_masks(folder: Path, images: list[Path]) -> dict[str, Path]:
     found = [mask for name in MASK_FOLDERS for parent in (folder, folder / "img") for mask in _images(parent / name)]
     masks = {mask.stem: mask for mask in found}
     stems = {image.stem for image in images}
+    if len(masks) < len(found) or len(stems) < len(images):
+        twice = sorted(name for name, count in Counter(path.stem for path in (*found, *images)).items() if count > 2)
+        msg = f"{folder} has several images or masks of one name up to the suffix: {twice[:5]}. Rename or remove them."
+        raise ValueError(msg)
     missing, spare = sorted(stems - set(masks)), sorted(set(masks) - stems)
     if missing or spare:
         msg = (

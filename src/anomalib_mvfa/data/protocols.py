@@ -128,7 +128,7 @@ class FewShot(_Protocol):
         self.k_shot = _at_least("k_shot", k_shot, 1)
         self.abnormal_shots = _at_least("abnormal_shots", k_shot if abnormal_shots is None else abnormal_shots, 0)
         self.support_list = support_list
-        self.group_by = _checked_pattern("group_by", group_by or getattr(self.source, "group_by", None))
+        self.group_by = checked_pattern("group_by", group_by or getattr(self.source, "group_by", None))
         self.category = self.source.category
         self.support: SupportViews
 
@@ -409,7 +409,8 @@ def _check_disjoint(support: DataFrame, val: DataFrame, test: DataFrame) -> None
         raise ValueError(msg)
 
 
-def _checked_pattern(name: str, pattern: str | None) -> str | None:
+def checked_pattern(name: str, pattern: str | None) -> str | None:
+    """Return a pattern that is a regular expression, or None; else raise ValueError."""
     try:
         re.compile(pattern or "")
     except re.error as error:

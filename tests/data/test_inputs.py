@@ -1,0 +1,219 @@
+"""Files as they turn up in data sets, one row each: the right pixels, or one error that names the file."""
+
+import os
+import shutil
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from anomalib.engine import Engine
+from PIL import Image
+
+from anomalib_mvfa import BMADFewShot, Mvfa
+
+GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+RED = np.stack([GREY, GREY // 2, np.zeros_like(GREY)], axis=-1)
+RGB_OF_GREY = np.stack([GREY] * 3, axis=-1)
+BROKEN = r"cannot be read as an image \(.*Restore the file or take it out of the data set"
+DEEP = r"has more than 8 bits a channel, and only its origin tells which intensity window to show\. Convert it"
+NO_FILE = r"is no file: a folder, or a link to nothing"
+
+
+@dataclass
+class Row:
+    """A file.
+
+    Args:
+        write: Puts it at a path.
+        expected: Its pixels as RGB, or what the error says after the file's name.
+        name: Of the file.
+        tolerance: Of pixels, where a format loses some.
+    """
+
+    write: object
+    expected: object
+    name: str = "odd.png"
+    tolerance: int = 0
+
+
+def picture(values, mode=None, **options):
+    """Return a writer of a picture of values, converted to a mode."""
+
+    def write(path):
+        image = Image.fromarray(values)
+        (image.convert(mode) if mode else image).save(path, **options)
+
+    return write
+
+
+def content(made):
+    return lambda path: path.write_bytes(made)
+
+
+def cut(share):
+    def write(path):
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+    return write
+
+
+def palette(path):
+    image = Image.fromarray(GREY // 4, "P")
+    image.putpalette([part for value in range(64) for part in (4 * value, 2 * value, 0)])
+    image.save(path)
+
+
+def rotated(path):
+    """Write a picture that a camera held upside down has taken."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(RGB_OF_GREY[::-1, ::-1]).save(path, quality=100, subsampling=0, exif=exif)
+
+
+def pages(path):
+    Image.fromarray(GREY).save(path, save_all=True, append_images=[Image.fromarray(GREY)])
+
+
+def photo_with_preview(path):
+    Image.fromarray(RGB_OF_GREY).save(
+        path, "MPO", save_all=True, append_images=[Image.fromarray(RGB_OF_GREY[:4, :4])], quality=100, subsampling=0
+    )
+
+
+def rgb_16_bit(path):
+    def chunk(name, made):
+        return struct.pack(">I", len(made)) + name + made + struct.pack(">I", zlib.crc32(name + made))
+
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + bytes(48)) * 8)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+
+
+def link(path):
+    target = path.parents[4] / "elsewhere.png"
+    Image.fromarray(GREY).save(target)
+    path.symlink_to(target)
+
+
+TABLE = {
+    "grey": Row(picture(GREY), RGB_OF_GREY),
+    "colour": Row(picture(RED), RED),
+    "alpha is left out": Row(picture(RED, "RGBA"), RED),
+    "grey with alpha": Row(picture(GREY, "LA"), RGB_OF_GREY),
+    "palette": Row(palette, RED),
+    "palette of a GIF by another name": Row(picture(GREY, format="GIF"), RGB_OF_GREY),
+    "one bit": Row(picture(GREY > 99), 255 * (RGB_OF_GREY > 99)),
+    "CMYK": Row(picture(RED, "CMYK"), RED, "odd.tif"),
+    "CMYK JPEG": Row(picture(RED, "CMYK", quality=100, subsampling=0), RED, "odd.jpg", tolerance=24),
+    "bitmap": Row(picture(RED), RED, "odd.bmp"),
+    "upper case": Row(picture(GREY), RGB_OF_GREY, "ODD.PNG"),
+    "JPEG by another name": Row(picture(GREY, format="JPEG", quality=100), RGB_OF_GREY, tolerance=8),
+    "camera upside down": Row(rotated, RGB_OF_GREY, "odd.jpg", tolerance=8),
+    "photo with a preview": Row(photo_with_preview, RGB_OF_GREY, "odd.jpg", tolerance=8),
+    "one pixel": Row(picture(GREY[7:, 7:]), RGB_OF_GREY[7:, 7:]),
+    "one row": Row(picture(GREY[3:4]), RGB_OF_GREY[3:4]),
+    "link to elsewhere": Row(link, RGB_OF_GREY),
+    "name of no text": Row(picture(GREY), RGB_OF_GREY, os.fsdecode(b"\xff\xfe.png")),
+    "name of two lines": Row(picture(GREY), RGB_OF_GREY, "a\nb.png"),
+    "name in Chinese": Row(picture(GREY), RGB_OF_GREY, "肝.png"),
+    "16-bit grey PNG": Row(picture(GREY.astype(np.uint16) * 100), DEEP),
+    "16-bit grey TIFF": Row(picture(GREY.astype(np.uint16) * 100), DEEP, "odd.tif"),
+    "32-bit TIFF": Row(picture(GREY.astype(np.int32)), DEEP, "odd.tif"),
+    "float TIFF": Row(picture(GREY.astype(np.float32)), DEEP, "odd.tif"),
+    "float TIFF of NaN": Row(picture(np.full((8, 8), np.nan, np.float32)), DEEP, "odd.tif"),
+    "16-bit colour PNG": Row(rgb_16_bit, DEEP),
+    "several pages": Row(pages, r"has 2 pages, of which one would be read", "odd.tif"),
+    "film": Row(pages, r"has 2 pages, of which one would be read", "odd.png"),
+    "400 million pixels": Row(
+        lambda path: Image.new("1", (20_000, 20_000)).save(path), r"is too large an image .*Scale it down or cut it"
+    ),
+    "empty": Row(content(b""), BROKEN),
+    "text": Row(content(b"not an image"), BROKEN),
+    "head of a PNG": Row(content(b"\x89PNG\r\n\x1a\n"), BROKEN),
+    "PNG cut short": Row(cut(0.5), BROKEN),
+    "JPEG cut short": Row(cut(0.5), BROKEN, "odd.jpg"),
+    "TIFF cut short": Row(cut(0.5), BROKEN, "odd.tif"),
+    "BMP cut short": Row(cut(0.5), BROKEN, "odd.bmp"),
+    "archive": Row(content(b"PK\x03\x04" + bytes(99)), BROKEN),
+    "folder": Row(lambda path: path.mkdir(), NO_FILE),
+    "link to nothing": Row(lambda path: path.symlink_to(path.with_name("gone.png")), NO_FILE),
+    "link to itself": Row(lambda path: path.symlink_to(path), NO_FILE),
+    "pipe": Row(lambda path: os.mkfifo(path), NO_FILE),
+}
+
+
+@pytest.fixture
+def folder(phantom_root, tmp_path):
+    """A data set's folder of normal test images, of which one is missing."""
+    shutil.copytree(phantom_root / "Brain", tmp_path / "data/Brain")
+    folder = tmp_path / "data/Brain/test/good/img"
+    (folder / "001.png").unlink()
+    return folder
+
+
+def few_shot(folder):
+    data = BMADFewShot(folder.parents[3], k_shot=1, num_workers=0)
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize("row", TABLE.values(), ids=TABLE)
+def test_every_file_is_read_right_or_named(row, folder):
+    path = folder / row.name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of large images
+        row.write(path)
+        if isinstance(row.expected, str):
+            with pytest.raises(ValueError, match=f"(?s){path.name}.* ?{row.expected}"):
+                list(few_shot(folder).test_data)
+            return
+        items = {item.image_path: item for item in few_shot(folder).test_data}
+    found = 255 * np.moveaxis(items[str(path)].image.numpy(), 0, -1)
+    assert len(items) == 8
+    assert found.shape == row.expected.shape
+    assert np.abs(found - row.expected).max() <= row.tolerance + 0.01
+
+
+def test_names_of_no_text_pass_through_a_whole_run(folder, tiny_config, tmp_path):
+    name = os.fsdecode(b"\xff\xfe.png")
+    picture(GREY)(folder / name)
+    data = BMADFewShot(folder.parents[3], k_shot=1, num_workers=0)
+    model = Mvfa(str(tiny_config), pretrained=None, image_size=56, max_epochs=1)
+    engine = Engine(default_root_dir=tmp_path / "run", accelerator="cpu", devices=1, enable_progress_bar=False)
+    engine.train(model, datamodule=data)
+    assert name in {path.name for path in (tmp_path / "run").rglob("*.png")}
+
+
+def test_files_that_are_left_out_are_named(folder, caplog):
+    for name in ("001.jp2", "001", "Thumbs.db", ".hidden.png"):
+        (folder / name).write_bytes(b"")
+    assert len(few_shot(folder).test_data) == 7
+    assert "3 files are no images by their names and left out: ['001', '001.jp2', 'Thumbs.db']" in caplog.text
+
+
+def test_images_in_two_places_are_refused(folder):
+    picture(GREY)(folder.parent / "beside.png")
+    with pytest.raises(ValueError, match=r"good has images both in img/ and beside it, such as beside\.png\. "):
+        few_shot(folder)
+
+
+@pytest.mark.parametrize("place", ["img/000.jpg", "label/000.jpg", "anomaly_mask/000.png"])
+def test_two_files_of_one_name_are_refused(folder, place):
+    path = folder.parents[1] / "Ungood" / place
+    path.parent.mkdir(exist_ok=True)
+    picture(GREY)(path)
+    with pytest.raises(ValueError, match=r"Ungood has several images or masks of one name up to the suffix: \['000'\]"):
+        few_shot(folder)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser reads every file")
+def test_files_of_others_are_named(folder):
+    path = Path(folder / "000.png")
+    path.chmod(0)
+    with pytest.raises(ValueError, match=rf"000\.png {BROKEN}"):
+        list(few_shot(folder).test_data)
