@@ -1,15 +1,16 @@
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS :=
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint
+.PHONY: install demo test lowest lint
 
 install: $(VENV)/.installed
 
 # An editable install keeps copies of the metadata and of the start-up hook; the rest is read from src.
-$(VENV)/.installed: pyproject.toml $(wildcard src/anomalib_mvfa_hook.*)
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) $(wildcard src/anomalib_mvfa_hook.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -e '.[dev,openvino]'
+	$(BIN)/python -m pip install $(addprefix -c ,$(CONSTRAINTS)) -e '.[dev,openvino]'
 	touch $@
 
 demo: install
@@ -17,6 +18,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# In an environment of its own: the everyday one keeps its versions.
+lowest:
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=tests/lowest.txt
 
 lint: install
 	$(BIN)/ruff check

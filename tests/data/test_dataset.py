@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import PIL
 import pytest
 import torch
 from anomalib.data import AnomalibDataset, Folder, ImageItem
@@ -56,7 +57,15 @@ def as_task(samples, task):
 # ---------------------------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+OWN_YCBCR = pytest.mark.xfail(
+    int(PIL.__version__.split(".")[0]) < 13,  # the last for Python 3.10 is 12
+    reason="Pillow before 13 cannot read the YCbCr TIFF that it writes: issue 9770 of Pillow",
+    raises=ValueError,
+    strict=True,
+)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", pytest.param("YCbCr", marks=OWN_YCBCR)])
 def test_every_8_bit_mode_is_read_as_rgb(tmp_path, mode):
     suffix = {"CMYK": ".jpg", "YCbCr": ".tif"}.get(mode, ".png")
     smooth = Image.fromarray(noise(4, 4, 3)).resize((32, 32), Image.Resampling.BICUBIC)
