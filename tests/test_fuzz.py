@@ -24,7 +24,7 @@ from anomalib_mvfa.model.weight_files import read_state
 from data.scan_recipe import write_dicom, write_nifti
 from recipe import TINY, adapter_weights
 
-EXAMPLES = int(os.environ.get("ANOMALIB_MVFA_FUZZ_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("ANOMALIB_MVFA_FUZZ_EXAMPLES", "200"))
 """Damaged files of each kind; the same ones in every run."""
 IMAGES = {"a.png": {}, "a.jpg": {"quality": 90}, "a.tif": {"compression": "tiff_lzw"}, "a.bmp": {}, "a.gif": {}}
 SCANS = ("a.dcm", "a.nii", "a.nii.gz", "deep.tif", "deep.png")
