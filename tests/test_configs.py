@@ -19,6 +19,7 @@ from anomalib_mvfa.data.bmad import CATEGORIES
 from anomalib_mvfa.data.phantom import write_phantom
 from anomalib_mvfa.data.support import group_of
 from recipe import write_support_list
+from workspace import PATIENTS, write_scans
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 COMMAND = re.compile(r"anomalib (train|test) --config (configs/\w+\.yaml)([^`\n]*)")
@@ -111,6 +112,19 @@ def check_own_data(cli):
     assert any(one & other for one, other in combinations(patients, 2))
 
 
+def check_scans(cli):
+    data = cli.datamodule
+    assert cli.model.settings["class_name"] == "liver"
+    assert support_counts(cli) == {0: 4, 1: 4}
+    parts = [data.support, data.val_data, data.test_data]
+    files = [{Path(path).name.partition("_slice")[0] for path in part.samples.image_path} for part in parts]
+    assert all(one.isdisjoint(other) for one, other in combinations(files, 2))
+    assert set(data.test_data.samples.label_index) == {0, 1}
+    assert data.test_data.task == "segmentation"
+    assert data.source.window == (-150, 250)
+    assert len(list(Path("datasets/scans_8bit").rglob("*slice*.png"))) == PATIENTS * (5 + 5 + 4)  # with masks
+
+
 def check_published_adapters(cli):
     saved = torch.load("checkpoints/few-shot/Brain.pth")
     for branch in ("seg_adapters", "det_adapters"):
@@ -156,6 +170,7 @@ CASES = {
     "mvfa_paper_losses": Case(check_mvfa_paper_losses, TINY_CLIP),
     "mvtec": Case(check_mvtec, TINY_CLIP),
     "own_data": Case(check_own_data, TINY_CLIP),
+    "scans": Case(check_scans, TINY_CLIP),
     "published_adapters": Case(
         check_published_adapters,
         {**PLAIN, "model.backbone": "mini.json", "model.pretrained": "mini.pt", "model.image_size": 70},
@@ -198,6 +213,7 @@ def workspace(tmp_path_factory, phantom_root, tiny_config, mini_clip):
         copy(normal[i], mvtec / "test" / "good" / f"{i:03d}.png")
         copy(abnormal[i], mvtec / "test" / "scratch" / f"{i:03d}.png")
         copy(mask_of(abnormal[i]), mvtec / "ground_truth" / "scratch" / f"{i:03d}_mask.png")
+    write_scans(root / "slices" / "Brain", root / "datasets" / "scans")
     own = root / "datasets" / "own"
     for i, path in enumerate([*train, *normal]):
         copy(path, own / "normal" / f"p{i // 2:02d}_{i % 2:02d}.png")

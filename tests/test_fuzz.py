@@ -21,8 +21,8 @@ from anomalib_mvfa.data.reading import read_image
 from anomalib_mvfa.data.scan_files import checked_window, pictures, read_scan
 from anomalib_mvfa.data.support import read_support_list
 from anomalib_mvfa.model.weight_files import read_state
-from data.scan_recipe import write_dicom, write_nifti
 from recipe import TINY, adapter_weights
+from scan_recipe import write_dicom, write_nifti
 
 EXAMPLES = int(os.environ.get("ANOMALIB_MVFA_FUZZ_EXAMPLES", "200"))
 """Damaged files of each kind; the same ones in every run."""

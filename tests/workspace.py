@@ -4,14 +4,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from PIL import Image
 
 from anomalib_mvfa.data.bmad import CATEGORIES
 from anomalib_mvfa.data.phantom import write_phantom
 from recipe import TINY, adapter_weights, clip_weights, write_config, write_support_list
+from scan_recipe import write_nifti
 
 SIZE = 32
+PATIENTS = 5
+"""With lesions, and again without, of the scans."""
 CONFIGS = Path(__file__).parents[1] / "configs"
 BLOCKS = {6: 1, 12: 2, 18: 3, 24: 4}
 """Levels of ViT-L, and those of the tiny CLIP that stand for them."""
@@ -77,6 +82,7 @@ def write_workspace(folder: Path) -> None:
     write_phantom(folder / "slices", seed=len(CATEGORIES), size=SIZE, train=0, valid=20, test=20)
     slices = folder / "slices" / "Brain"
     _write_own(slices, folder / "datasets" / "own")
+    write_scans(slices, folder / "datasets" / "scans")
     _write_mvtec(slices, folder / "datasets" / "MVTecAD" / "bottle")
     _write_models(folder)
     shutil.copytree(CONFIGS, folder / "configs")
@@ -94,6 +100,26 @@ def _write_own(slices: Path, root: Path) -> None:
         name = f"p{50 + index // 2}_{index}.png"
         shutil.copy(path, root / "abnormal" / name)
         shutil.copy(_mask(path), root / "masks" / name)
+
+
+def write_scans(slices: Path, root: Path) -> None:
+    """Write volumes of 5 slices in Hounsfield units; of those with lesions, the last slice has none."""
+    images, masks = ({}, {})
+    for kind in ("good", "Ungood"):
+        paths = sorted(slices.glob(f"*/{kind}/img/*"))
+        images[kind] = [np.asarray(Image.open(path), np.int16) * 4 - 200 for path in paths]
+        masks[kind] = [np.asarray(Image.open(_mask(path))) // 255 for path in paths] if kind == "Ungood" else []
+    for patient in range(PATIENTS):
+        write_nifti(root / f"healthy/p{patient}.nii.gz", _volume(images["good"][5 * patient :][:5]))
+        ill = slice(4 * patient, 4 * patient + 4)
+        write_nifti(root / f"ill/q{patient}.nii.gz", _volume([*images["Ungood"][ill], images["good"][30 + patient]]))
+        empty = np.zeros_like(masks["Ungood"][0])
+        write_nifti(root / f"drawn/q{patient}.nii.gz", _volume([*masks["Ungood"][ill], empty]))
+
+
+def _volume(planes: list[np.ndarray]) -> np.ndarray:
+    """Stack slices so that they are shown as they are."""
+    return np.stack(planes, axis=-1).transpose(1, 0, 2)[::-1, ::-1]
 
 
 def _write_mvtec(slices: Path, root: Path) -> None:

@@ -5,9 +5,9 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from scan_recipe import write_dicom, write_nifti
 
 from anomalib_mvfa.data.scan_files import checked_window, is_scan, pictures, read_scan, stem_of
+from scan_recipe import write_dicom, write_nifti
 
 HOUNSFIELD = np.array([[-1024, -150], [0, 50], [250, 3000]], np.int16)
 """(3, 2)"""
@@ -86,7 +86,7 @@ def test_frames_with_units_of_their_own_are_refused(tmp_path):
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".NII"])
 def test_nifti_is_cut_into_axial_slices_as_radiologists_look_at_them(tmp_path, suffix):
     """Row by row from the front, and in each from the patient's right, at column 1, to the left."""
-    slices = read_scan(write_nifti(tmp_path / f"a{suffix}", VOLUME)).values
+    slices = read_scan(write_nifti(tmp_path / f"a{suffix}", VOLUME)).slices
     assert slices.shape == (4, 3, 2)
     assert slices[0].tolist() == [[VOLUME[1, 2, 0], VOLUME[0, 2, 0]], [20 - 4, 4], [12, 0]]
     assert slices[3].tolist() == (slices[0] + 3).tolist()
@@ -97,17 +97,17 @@ def test_nifti_stored_another_way_looks_the_same(tmp_path, flip):
     affine = np.diag([-1.0 if axis in flip else 1.0 for axis in range(3)] + [1.0])
     expected = read_scan(write_nifti(tmp_path / "a.nii", VOLUME))
     turned = read_scan(write_nifti(tmp_path / "b.nii", np.flip(VOLUME, flip), affine))
-    assert np.array_equal(turned.values, expected.values)
+    assert np.array_equal(turned.slices, expected.slices)
     moved = affine[:, [1, 2, 0, 3]]
     moved = read_scan(write_nifti(tmp_path / "c.nii", np.flip(VOLUME, flip).transpose(1, 2, 0), moved))
-    assert np.array_equal(moved.values, expected.values)
+    assert np.array_equal(moved.slices, expected.slices)
     assert (expected.orientation, moved.orientation != turned.orientation) == ("RAS", True)
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 1), (2, 3, 4, 1)])
 def test_nifti_of_other_shapes(tmp_path, shape):
     values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    assert read_scan(write_nifti(tmp_path / "a.nii", values)).values.shape == ((4 if 4 in shape else 1), 3, 2)
+    assert read_scan(write_nifti(tmp_path / "a.nii", values)).slices.shape == ((4 if 4 in shape else 1), 3, 2)
 
 
 def test_percentiles_are_of_the_whole_volume(tmp_path):

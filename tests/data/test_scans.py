@@ -9,10 +9,10 @@ import pytest
 from anomalib.data.utils import LabelName
 from anomalib.engine import Engine
 from PIL import Image
-from scan_recipe import write_dicom, write_nifti
 
 from anomalib_mvfa import FewShot, Mvfa, PredictScans, Scans
 from anomalib_mvfa.data import scans
+from scan_recipe import write_dicom, write_nifti
 
 SIZE = 24
 SLICES = 4
@@ -105,12 +105,29 @@ def test_scans_train_test_and_are_kept_apart_by_volume(hospital, tmp_path, tiny_
 
 
 def test_other_models_of_anomalib_read_scans_too(hospital, tmp_path):
-    data = source(hospital, tmp_path / "out", val_split_mode="none")
+    data = source(hospital, tmp_path / "out", test_split_ratio=0.3, val_split_ratio=0.5, seed=1)
     data.setup()
-    labels = data.test_data.samples.label_index
-    assert (len(data.train_data), (labels == LabelName.ABNORMAL).sum()) == (NORMAL * SLICES, ABNORMAL * len(MARKED))
+    parts = [data.train_data, data.val_data, data.test_data]
+    abnormal = [int((part.samples.label_index == LabelName.ABNORMAL).sum()) for part in parts]
+    assert [len(part) for part in parts] == [(NORMAL - 2) * SLICES, (1 + 2) * SLICES, (1 + 3) * SLICES]
+    assert abnormal == [0, 2 * len(MARKED), 3 * len(MARKED)]
+    files = [{Path(path).name.partition("_slice")[0] for path in part.samples.image_path} for part in parts]
+    assert sum(map(len, files)) == len(set().union(*files)) == NORMAL + ABNORMAL
     item = next(item for item in data.test_data if item.gt_label)
     assert item.gt_mask.sum() == 81
+
+
+def test_normal_scans_to_test_on_may_be_given(hospital, tmp_path):
+    data = source(hospital, tmp_path / "out", normal_test_dir="healthy/deep", val_split_mode="none")
+    data.setup()
+    assert (len(data.train_data), len(data.test_data)) == (NORMAL * SLICES, SLICES + ABNORMAL * SLICES)
+
+
+def test_nothing_normal_to_test_on(tmp_path):
+    for folder in ("healthy", "ill"):
+        write_dicom(tmp_path / folder / f"{folder}.dcm", volume(1, lesion=False)[0][..., 0])
+    with pytest.raises(ValueError, match=r"wards has no normal image to test on: test_split_ratio=0\.2 of its normal"):
+        source(tmp_path, tmp_path / "out", mask_dir=None).setup()
 
 
 def test_nothing_is_converted_twice_unless_it_changed(copied, tmp_path, monkeypatch):

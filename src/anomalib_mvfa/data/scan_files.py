@@ -29,14 +29,14 @@ class Scan:
     """The slices of a file.
 
     Args:
-        values: Grey values ``(N, H, W)``, or 8-bit RGB ``(N, H, W, 3)``.
-        window: The file's own window, if it has one; in the units of the values.
+        slices: Grey values ``(N, H, W)``, or 8-bit RGB ``(N, H, W, 3)``.
+        window: The file's own window, if it has one; in the units of the slices.
         is_8_bit: Whether the values are to be shown as they are.
         inverted: Whether high values are to be shown dark (DICOM's MONOCHROME1).
         orientation: Of the axes on disk, as NIfTI names them, such as "LAS"; None for other files.
     """
 
-    values: np.ndarray
+    slices: np.ndarray
     window: tuple[float, float] | None = None
     is_8_bit: bool = False
     inverted: bool = False
@@ -90,7 +90,7 @@ def read_scan(path: Path) -> Scan:
     except Exception as error:  # whatever a reader raises on a broken file
         msg = f"{path} cannot be read as a scan ({error}). Restore the file or take it out of the data set."
         raise ValueError(msg) from error
-    if not np.isfinite(scan.values).all():
+    if not np.isfinite(scan.slices).all():
         msg = f"{path} has values that are not finite. Replace them, for instance by the background's value."
         raise ValueError(msg)
     return scan
@@ -107,7 +107,7 @@ def pictures(scan: Scan, window: Window | None, path: Path) -> list[Image.Image]
     Raises:
         ValueError: There is no window.
     """
-    values = scan.values
+    values = scan.slices
     if not scan.is_8_bit:
         bounds = scan.window if window is None else [_bound(end, values) for end in window]
         if bounds is None:
@@ -222,7 +222,7 @@ def _read_dicom(path: Path) -> Scan:
         return Scan(stored, is_8_bit=True)
     is_8_bit = stored.dtype == np.uint8 and "WindowWidth" not in file
     return Scan(
-        values=stored if is_8_bit else apply_modality_lut(stored, file),
+        slices=stored if is_8_bit else apply_modality_lut(stored, file),
         window=_own_window(file),
         is_8_bit=is_8_bit,
         inverted=file.PhotometricInterpretation == "MONOCHROME1",

@@ -8,6 +8,7 @@
 The name of a file tells slices of one volume from others: all slices of a name are one group.
 """
 
+import copy
 import json
 import logging
 import shutil
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from anomalib.data import Folder, PredictDataset
+from anomalib.data.utils import LabelName, Split, ValSplitMode
 from filelock import FileLock
 from PIL import Image
 from rich.progress import track
@@ -24,6 +27,7 @@ from torchvision.transforms.v2 import Transform
 
 from .reading import MASK_THRESHOLD, read_mask
 from .scan_files import PILLOW_SUFFIXES, Bound, Scan, Window, checked_window, is_scan, pictures, read_scan, stem_of
+from .support import set_aside
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -37,7 +41,8 @@ class Scans(Folder):
 
     A file of several slices becomes as many pictures. Slices of an abnormal file are abnormal where its mask marks
     something, and normal elsewhere. The pictures are converted on first use, and anew when a file or the window has
-    changed.
+    changed. Data are split by whole files; without ``normal_test_dir``, the share ``test_split_ratio`` of the normal
+    ones is tested.
 
     Args:
         name: Name of the data set, under which results are filed.
@@ -99,6 +104,28 @@ class Scans(Folder):
         self.prepare_data()  # which a trainer would have called, and others may not have
         self.normal_test_dir = "normal_test" if (self.pictures / "normal_test").is_dir() else None
         super()._setup(_stage)
+        if "normal_test" not in self.folders:
+            learnt = self.train_data.samples
+            self.train_data.samples, tested = set_aside(learnt, self.test_split_ratio, self.seed or 0, self.group_by)
+            tested = pd.concat([self.test_data.samples, tested.assign(split=Split.TEST.value)])
+            tested.attrs = dict(self.test_data.samples.attrs)
+            self.test_data.samples = tested
+        if not (self.test_data.samples.label_index == LabelName.NORMAL).any():
+            msg = (
+                f"{self.name} has no normal image to test on: test_split_ratio={self.test_split_ratio} of its normal "
+                "scans is less than one. Give normal_test_dir, or more normal scans."
+            )
+            raise ValueError(msg)
+
+    def _create_val_split(self) -> None:
+        """Split by whole files, where anomalib would split by slices."""
+        if self.val_split_mode != ValSplitMode.FROM_TEST:
+            super()._create_val_split()
+            return
+        self.val_data = copy.deepcopy(self.test_data)
+        self.test_data.samples, self.val_data.samples = set_aside(
+            self.test_data.samples, self.val_split_ratio, self.seed or 0, self.group_by
+        )
 
 
 class PredictScans(PredictDataset):
@@ -254,12 +281,12 @@ def _marks(path: Path, scan: Scan, scan_path: Path) -> np.ndarray:
     """Return where a mask marks a scan ``(N, H, W)``."""
     mask = read_scan(path)
     if mask.is_8_bit and path.suffix.lower() in PILLOW_SUFFIXES:
-        height, width = scan.values.shape[1:3]
+        height, width = scan.slices.shape[1:3]
         marks = np.asarray(read_mask(path, (width, height)))[None] > MASK_THRESHOLD
     else:
-        marks = mask.values > 0
-    if marks.shape != scan.values.shape[:3] or mask.orientation != scan.orientation:
-        own, other = ((*one.shape[:3], at) for one, at in ((marks, mask.orientation), (scan.values, scan.orientation)))
+        marks = mask.slices > 0
+    if marks.shape != scan.slices.shape[:3] or mask.orientation != scan.orientation:
+        own, other = ((*one.shape[:3], at) for one, at in ((marks, mask.orientation), (scan.slices, scan.orientation)))
         msg = (
             f"Mask {path} is {own} in slices, height, width and orientation, its scan {scan_path} {other}. They must "
             "agree."
