@@ -1,0 +1,98 @@
+"""The same seed on the same machine gives the same bits, and results say what they came of."""
+
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from anomalib.engine import Engine
+
+from anomalib_mvfa import BMADFewShot, BMADLeaveOneOut, Mvfa
+from anomalib_mvfa.provenance import content_of, fingerprint
+
+
+@pytest.fixture
+def trained(phantom_root, tiny_config, tmp_path):
+    """Return a function that trains for two epochs and returns adapters, bank and figures."""
+
+    def run(model_seed=0, data_seed=0, **changes):
+        model = Mvfa(
+            str(tiny_config), pretrained=None, image_size=56, max_epochs=2, seed=model_seed, visualizer=False, **changes
+        )
+        data = BMADFewShot(phantom_root, k_shot=2, num_workers=0, seed=data_seed)
+        engine = Engine(default_root_dir=tmp_path, accelerator="cpu", devices=1, enable_progress_bar=False)
+        (figures,) = engine.train(model, datamodule=data)
+        state = model.model.state_dict()
+        return {name: value for name, value in state.items() if not name.startswith("backbone.")}, figures
+
+    return run
+
+
+def test_the_same_seed_gives_the_same_bits(trained):
+    torch.manual_seed(1)  # what the caller has drawn before does not matter
+    (first, figures), _ = trained(), torch.rand(7)
+    again, same_figures = trained()
+    assert first.keys() == again.keys()
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+    assert figures == same_figures
+
+
+@pytest.mark.parametrize("changes", [{"model_seed": 1}, {"data_seed": 1}])
+def test_another_seed_gives_others(trained, changes):
+    (first, _), (other, _) = trained(), trained(**changes)
+    name = "det_adapters.0.fc1.0.weight"
+    assert not torch.equal(first[name], other[name])
+
+
+class Data:
+    """A data set of files, labels and masks."""
+
+    def __init__(self, rows):
+        self.samples = pd.DataFrame(rows, columns=["image_path", "label_index", "mask_path"])
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Four files of different content."""
+    for name in "abcd":
+        (tmp_path / name).write_text(name)
+    return {name: str(tmp_path / name) for name in "abcd"}
+
+
+def test_a_fingerprint_is_of_contents_labels_and_masks(files, tmp_path):
+    rows = [(files["a"], 0, ""), (files["b"], 1, files["c"])]
+    first = fingerprint(Data(rows))
+    shutil.copy(files["a"], tmp_path / "z")
+    assert fingerprint(Data([rows[1], (str(tmp_path / "z"), 0, "")])) == first  # names and order do not matter
+    others = {
+        "image": [(files["d"], 0, ""), rows[1]],
+        "label": [(files["a"], 1, ""), rows[1]],
+        "mask": [rows[0], (files["b"], 1, files["d"])],
+        "no mask": [rows[0], (files["b"], 1, "")],
+        "one less": rows[:1],
+        "one twice": [*rows, rows[0]],
+    }
+    digests = {name: fingerprint(Data(changed)) for name, changed in others.items()}
+    assert len({first, *digests.values()}) == 1 + len(others)
+
+
+def test_a_file_that_changes_is_read_again(files):
+    before = content_of(files["a"])
+    assert content_of(files["a"]) == before
+    with open(files["a"], "w") as file:  # noqa: PTH123
+        file.write("changed")
+    assert content_of(files["a"]) != before
+
+
+def test_every_kind_of_data_has_a_fingerprint(phantom_root, tmp_path):
+    for category in ("Brain", "Liver"):
+        shutil.copytree(phantom_root / "Brain", tmp_path / category)
+    few = BMADFewShot(tmp_path, k_shot=2)
+    out = BMADLeaveOneOut(tmp_path, train_categories=["Liver"])
+    for data in (few, out):
+        data.setup()
+    found = [fingerprint(part) for data in (few, out) for part in (data.train_data, data.test_data)]
+    assert None not in found
+    assert found[1] == found[3]  # both test all of Brain
+    assert fingerprint(object()) is None
