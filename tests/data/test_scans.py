@@ -233,6 +233,29 @@ def test_a_record_cut_short_is_written_anew(hospital, tmp_path):
     assert json.loads((tmp_path / "out/scans.json").read_text())["window"] == WINDOW
 
 
+@pytest.mark.parametrize("first", [scans.RECORD, "normal/p0_slice000.png"])
+def test_a_kill_while_earlier_pictures_are_removed_leaves_no_part_of_them(hospital, tmp_path, monkeypatch, first):
+    class Killed(BaseException):
+        pass
+
+    def cut(folder, ignore_errors, real=shutil.rmtree):
+        if (folder / scans.RECORD).exists():
+            (folder / first).unlink()
+            raise Killed
+        real(folder, ignore_errors)
+
+    out = tmp_path / "out"
+    source(hospital, out).prepare_data()
+    pictures = names(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", cut)
+        with pytest.raises(Killed):
+            source(hospital, out, window=[0, 500]).prepare_data()
+    source(hospital, out).prepare_data()
+    assert names(out) == pictures
+    assert [path.name for path in tmp_path.iterdir() if ".lock" not in path.name] == ["out"]
+
+
 def test_8_bit_masks_follow_the_rule_of_8_bit_masks(tmp_path):
     values = volume(1, lesion=False)[0][..., 0].astype(np.uint16)
     for folder, content in (("healthy", values), ("ill", values)):

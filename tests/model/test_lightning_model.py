@@ -1,7 +1,10 @@
 """Mvfa inside anomalib's engine: settings, training, checkpoints, precision."""
 
+import io
 import logging
 import shutil
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -365,6 +368,42 @@ def test_resumed_training_ends_where_unbroken_training_does(make, few_shot, engi
     runner.fit(resumed, datamodule=few_shot(), ckpt_path=tmp_path / "half.ckpt")
     assert runner.trainer.current_epoch == 3
     assert runner.test(resumed, datamodule=few_shot(), verbose=False)[0] == pytest.approx(figures, abs=1e-6)
+
+
+@pytest.mark.parametrize("cut", ["torch.save", "shutil.move"])
+def test_a_save_that_is_cut_off_leaves_the_last_checkpoint(make, few_shot, engine, tmp_path, monkeypatch, cut):
+    class Killed(BaseException):
+        pass
+
+    class CutSecond(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                monkeypatch.setattr(cut, {"torch.save": save, "shutil.move": move}[cut])
+
+    def save(content, file, real=torch.save):
+        whole = io.BytesIO()
+        real(content, whole)
+        half = whole.getvalue()[: len(whole.getvalue()) // 2]
+        file.write(half) if hasattr(file, "write") else file.write_bytes(half)
+        raise Killed
+
+    def move(source, target):
+        """Move as between file systems, where Lightning's own way to save moves the file."""
+        data = Path(source).read_bytes()
+        Path(target).write_bytes(data[: len(data) // 2])
+        raise Killed
+
+    runner = engine(callbacks=[CutSecond()])
+    with suppress(Killed):
+        runner.fit(make(max_epochs=2), datamodule=few_shot())
+    monkeypatch.undo()
+    (path,) = (tmp_path / "results").rglob("model.ckpt")
+    assert torch.load(path, weights_only=False)["epoch"] == (0 if cut == "torch.save" else 1)  # which moves nothing
+    assert [file.name for file in path.parent.iterdir()] == ["model.ckpt"]
+    resumed = make(max_epochs=2)
+    runner = engine()
+    runner.fit(resumed, datamodule=few_shot(), ckpt_path=path)
+    assert runner.trainer.current_epoch == 2
 
 
 # ---------------------------------------------------------------- nothing stale

@@ -155,7 +155,7 @@ class PredictScans(PredictDataset):
 
 
 def convert(sources: Mapping[str, Path], target: Path, window: Window | None) -> None:
-    """Convert scans to pictures, unless the target holds them already; it is complete or as it was.
+    """Convert scans to pictures, unless the target holds them already; it never holds a part of them.
 
     Args:
         sources: Folders of scans by the names of their pictures' folders: "mask" is one of masks of those in
@@ -172,22 +172,25 @@ def convert(sources: Mapping[str, Path], target: Path, window: Window | None) ->
     record = {"window": window, "files": {kind: _states(paths) for kind, paths in files.items()}}
     record = json.loads(json.dumps(record))  # as it is read
     target.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = (target.with_name(f".{target.name}.{state}") for state in ("partial", "old"))
     with FileLock(target.with_name(f".{target.name}.lock")):
+        for left in (partial, old):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         if (target / RECORD).is_file():
             if _read_record(target) == record:
                 return
         elif target.exists() and any(target.iterdir()):
             msg = f"pictures={str(target)!r} holds other files. Name a new folder for the pictures."
             raise FileExistsError(msg)
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
         try:
             _convert(files, sources, partial, window)
             (partial / RECORD).write_text(json.dumps(record), "utf-8")
-            shutil.rmtree(target, ignore_errors=True)
+            if target.exists():  # not removed where it is: a kill would leave part of it, with or without the record
+                target.replace(old)
             partial.replace(target)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in (partial, old):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _read_record(target: Path) -> Any:  # noqa: ANN401  # whatever a file holds

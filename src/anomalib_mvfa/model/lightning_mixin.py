@@ -12,6 +12,7 @@ import torch
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, ImageBatch, ImageItem
 from anomalib.data.utils import LabelName
+from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -29,6 +30,7 @@ from ..contract import DataFacts, class_name_of, describe, has_label
 from ..data.reading import refuse_deep
 from ..data.support import support_of
 from ..evaluation import metrics
+from ..files import written_whole
 from ..memory import advised
 from .frozen_cache import FrozenCache
 from .fusion import Weights
@@ -86,8 +88,26 @@ def check_numbers(**values: float | None) -> None:
             raise ValueError(msg)
 
 
+class WholeCheckpointIO(AnomalibCheckpointIO):
+    """Writes checkpoints beside their places, so that a killed run leaves the last one that is complete.
+
+    Lightning writes them to the folder for temporary files. Where that is on another file system, what follows is a
+    copy over the last checkpoint, which a kill cuts off.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ANN401
+        """Save a checkpoint; one that is not for this machine's disks is saved as Lightning does it."""
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with written_whole(Path(path)) as partial:
+            torch.save(checkpoint, partial)
+
+
 def plan_epochs(trainer: Trainer, max_epochs: int) -> None:
     """Train for ``max_epochs`` unless the trainer is told otherwise, validate after the last, and save after each."""
+    if type(trainer.strategy.checkpoint_io) is AnomalibCheckpointIO:
+        trainer.strategy.checkpoint_io = WholeCheckpointIO(trainer.strategy.checkpoint_io.extra_safe_globals)
     loop = trainer.fit_loop
     if loop.max_epochs == LIGHTNING_MAX_EPOCHS:
         loop.max_epochs = max_epochs
