@@ -116,7 +116,7 @@ def _images(folder: Path) -> list[Path]:
     if spoilt := [path for path in images if not path.is_file()]:
         msg = f"{spoilt[0]} is no file: a folder, or a link to nothing. Restore it or take it out of the data set."
         raise ValueError(msg)
-    if left := [path.name for path in found if path not in set(images) and not path.is_dir()]:
+    if left := [path.name for path in found if path.suffix.lower() not in IMAGE_SUFFIXES and not path.is_dir()]:
         logger.warning("%s: %d files are no images by their names and left out: %s.", folder, len(left), left[:5])
     return images
 

@@ -213,7 +213,8 @@ def _scans_in(folder: Path) -> list[Path]:
     if not found:
         msg = f"{folder} holds no scan: no DICOM, NIfTI, PNG, TIFF or JPEG file. Give the folder of the scans."
         raise FileNotFoundError(msg)
-    if left := [path.name for path in files if path not in set(found)]:
+    known = set(found)
+    if left := [path.name for path in files if path not in known]:
         logger.warning("%s: %d files are no scans by their names and left out: %s.", folder, len(left), left[:5])
     return found
 
