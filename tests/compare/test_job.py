@@ -175,11 +175,35 @@ def test_a_job_is_one_of_anomalibs_pipelines(comparison, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="elsewhere peaks are those of the whole process")
+def held_memory():
+    """Return the process's memory in 2**20 bytes."""
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 2**10
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read where Linux shows it")
+def test_memory_of_a_job_is_the_systems_again_before_the_next(comparison, tmp_path, monkeypatch):
+    ends, kept = iter([None, "no"]), []
+
+    def train_and_test(job, *_):
+        blocks = [np.ones(2**13) for _ in range(8 * 2**10)]  # 512 MiB, in pieces that the C library's heap holds
+        kept.extend(blocks[:: 2**8])  # some that last lie among them, so that the heap cannot shrink
+        if message := next(ends):
+            raise RuntimeError(message)
+        return job.row()
+
+    monkeypatch.setattr(f"{CompareJob.__module__}._train_and_test", train_and_test)
+    monkeypatch.setattr(f"{CompareJob.__module__}.logger.exception", lambda *_: None)  # pytest keeps what is logged
+    before = held_memory()
+    for error in (None, "RuntimeError: no"):
+        assert CompareJob(comparison().jobs()[0], tmp_path / "run").run().error == error
+        assert held_memory() < before + 100
+
+
 def test_memory_is_the_peak_since_its_making():
     block = np.ones(400 * 2**17)  # 400 MiB
     del block
     memory = Memory()
     block = np.ones(200 * 2**17)
-    held = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 2**10
+    held = held_memory()
     del block
     assert held - 1 <= memory.peak(torch.device("cpu")) < held + 150

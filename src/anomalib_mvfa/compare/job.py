@@ -1,12 +1,10 @@
 """Runs one job of a comparison: anomalib's engine trains and tests, and callbacks keep what the report shows."""
 
-import ctypes
 import logging
 import sys
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,7 +28,7 @@ from ..data.reading import read_image, read_mask
 from ..data.support import draw
 from ..evaluation import OrderKeepingPostProcessor, metrics
 from ..intervals import ScoreRecorder
-from ..memory import ADVICE, is_out_of_memory
+from ..memory import ADVICE, is_out_of_memory, return_freed_memory, return_large_blocks
 from ..model.torch_model import MvfaModel
 from ..provenance import commit, device_name, fingerprint, versions
 from .plan import Job
@@ -39,8 +37,6 @@ from .weights import build_model
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
-M_MMAP_THRESHOLD, LARGE = -3, 16 * 2**20
-"""Of the C library: name of a parameter, and bytes."""
 SIDE = 160
 """Of pictures, in pixels."""
 PICTURED = {LabelName.NORMAL: 1, LabelName.ABNORMAL: 3}
@@ -70,7 +66,7 @@ class CompareJob(PipelineJob):
         Args:
             task_id: Index of the GPU, by default the first that there is.
         """
-        _return_large_blocks()
+        return_large_blocks()
         try:
             with writing(self.folder, self.job.folder) as folder:
                 row = _train_and_test(self.job, folder, task_id)
@@ -79,6 +75,8 @@ class CompareJob(PipelineJob):
         except Exception as error:  # whatever a model or its data raise is this job's result
             logger.exception("%s failed.", self.job.folder)
             row = write_failure(self.job, self.folder, error, traceback.format_exc())
+        finally:
+            return_freed_memory()
         return row
 
     @staticmethod
@@ -89,16 +87,6 @@ class CompareJob(PipelineJob):
     @staticmethod
     def save(results: DataFrame) -> None:
         """Do nothing: every job has saved itself."""
-
-
-def _return_large_blocks() -> None:
-    """Let the C library return large blocks to the system at once.
-
-    By default it raises that size up to 32 MiB and keeps smaller blocks in a heap, which grew to 18 GB in a coreset
-    whose every step takes and frees a block of 31 MB.
-    """
-    with suppress(OSError, AttributeError):  # of other systems
-        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def write_failure(job: Job, run: Path, error: BaseException, details: str = "") -> Row:
