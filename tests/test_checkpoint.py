@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from anomalib_mvfa import checkpoint
 from anomalib_mvfa.checkpoint import load_adapters, save_adapters
 from anomalib_mvfa.model.torch_model import MvfaModel
 from recipe import TINY, adapter_weights
@@ -63,13 +62,12 @@ def test_failed_save_leaves_the_old_file(tiny_model, tmp_path, monkeypatch):
     save_adapters(tiny_model, path)
     old = path.read_bytes()
 
-    def full_disk(state, file):
-        file.write_bytes(b"half")
-        msg = "no space left"
-        raise OSError(msg)
+    def cut_short(state, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.torch, "save", full_disk)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr("torch.save", cut_short)
+    with pytest.raises(KeyboardInterrupt):
         save_adapters(tiny_model, path)
     assert path.read_bytes() == old
 

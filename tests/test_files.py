@@ -1,12 +1,14 @@
 """Files that are complete or not there."""
 
+import errno
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from anomalib_mvfa.files import written_whole
+from anomalib_mvfa.files import room_for, save_whole, written_whole
 
 
 def test_what_is_written_takes_the_files_place(tmp_path):
@@ -54,12 +56,20 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
 
-    def fill():
+    def text():
         with written_whole(path) as partial:
-            partial.symlink_to("/dev/full")
             partial.write_text("half")
 
-    with pytest.raises(OSError, match="No space left on device"):
-        fill()
-    assert path.read_text() == "old"
-    assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
+    for fill in (text, lambda: save_whole({"weight": torch.zeros(10**5)}, path)):
+        (tmp_path / ".file.txt.partial").symlink_to("/dev/full")
+        with pytest.raises(OSError, match=r"/file\.txt was not written \(No space left on device\), and .* is kept\."):
+            fill()
+        assert path.read_text() == "old"
+        assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied", "x"), RuntimeError("no")])
+def test_other_errors_are_as_they_are(tmp_path, error):
+    with pytest.raises(type(error)) as raised, room_for(tmp_path):
+        raise error
+    assert raised.value is error

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .files import written_whole
+from .files import save_whole
 from .model.adapters import BRANCHES
 from .model.torch_model import MvfaModel
 
@@ -61,5 +61,4 @@ def save_adapters(model: MvfaModel, path: str | Path) -> None:
     """Save a model's adapters in the published form; a file that was there stays whole until the new one is."""
     path = Path(path).expanduser()
     state = {f"{branch}_adapters": getattr(model, f"{branch}_adapters").state_dict() for branch in BRANCHES}
-    with written_whole(path) as partial:
-        torch.save(state, partial)
+    save_whole(state, path)

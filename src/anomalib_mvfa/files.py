@@ -1,8 +1,27 @@
 """Files that are complete or not there."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Say what could not be written where a disk is full, or a quota used up."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides the reason behind its own
+        if not isinstance(cause, OSError) or cause.errno not in NO_ROOM:
+            raise
+        msg = f"{path} was not written ({cause.strerror}), and what was there is kept. Make room, or write elsewhere."
+        raise OSError(msg) from error
 
 
 @contextmanager
@@ -11,7 +30,14 @@ def written_whole(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        yield partial
+        with room_for(path):
+            yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_whole(content: Any, path: Path) -> None:  # noqa: ANN401  # whatever torch saves
+    """Write a file of torch that is complete or not there."""
+    with written_whole(path) as partial, partial.open("wb") as file:  # by name, torch does not say why it failed
+        torch.save(content, file)

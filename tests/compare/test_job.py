@@ -1,6 +1,8 @@
 """One job: what it measures and keeps, and that it equals what anomalib's command line does."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +149,16 @@ def test_what_was_cut_short_is_no_result(finished, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         finished("PatchCore")
     assert list((tmp_path / "run" / "jobs").iterdir()) == []
+
+
+def test_a_full_disk_is_this_jobs_error(finished, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("anomalib_mvfa.intervals.Scores.save", full)
+    row, folder = finished("PatchCore")
+    assert row.error.startswith(f"OSError: {folder} was not written (No space left on device)")
+    assert sorted(path.name for path in folder.iterdir()) == ["error.txt", "row.json"]
 
 
 def test_too_many_shots_are_this_jobs_error(finished):

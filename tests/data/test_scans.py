@@ -1,6 +1,8 @@
 """Scans in datamodules and in prediction: right pictures, labels and masks, or one error and nothing left behind."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -252,6 +254,20 @@ def test_a_kill_while_earlier_pictures_are_removed_leaves_no_part_of_them(hospit
         with pytest.raises(Killed):
             source(hospital, out, window=[0, 500]).prepare_data()
     source(hospital, out).prepare_data()
+    assert names(out) == pictures
+    assert [path.name for path in tmp_path.iterdir() if ".lock" not in path.name] == ["out"]
+
+
+def test_a_full_disk_leaves_the_pictures_that_were_there(hospital, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "out"
+    source(hospital, out).prepare_data()
+    pictures = names(out)
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match=r"/out was not written \(No space left on device\), and what was there is kept"):
+        source(hospital, out, window=[0, 500]).prepare_data()
     assert names(out) == pictures
     assert [path.name for path in tmp_path.iterdir() if ".lock" not in path.name] == ["out"]
 

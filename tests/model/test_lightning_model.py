@@ -58,6 +58,27 @@ def fit(engine, model, datamodule):
     return engine.best_model_path
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_full_disk_leaves_the_last_checkpoint(make, few_shot, engine, tmp_path):
+    class FullDisk(Callback):
+        """Fills the disk after an epoch."""
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            del pl_module
+            if trainer.current_epoch == 1:
+                (checkpoint,) = (tmp_path / "results").rglob("*.ckpt")
+                checkpoint.with_name(f".{checkpoint.name}.partial").symlink_to("/dev/full")
+
+    model = make(max_epochs=2)
+    with pytest.raises(OSError, match=r"model\.ckpt was not written \(No space left on device\), and what was"):
+        engine(callbacks=[FullDisk()]).fit(model, datamodule=few_shot())
+    (checkpoint,) = (path for path in (tmp_path / "results").rglob("*") if path.is_file())
+    assert torch.load(checkpoint, weights_only=False)["epoch"] == 0
+    resumed = engine()
+    resumed.fit(make(max_epochs=2), datamodule=few_shot(), ckpt_path=checkpoint)
+    assert resumed.trainer.current_epoch == 2
+
+
 class Losses(Callback):
     def __init__(self):
         self.steps = []

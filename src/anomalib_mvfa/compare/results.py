@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from ..files import room_for
+
 
 @dataclass
 class Row:
@@ -176,10 +178,11 @@ def writing(run: Path, job: str) -> Iterator[Path]:
     """Give a folder to write a job's files in; it takes the job's place once all of it is there."""
     partial = job_folder(run, f".{job}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    target = job_folder(run, job)
     try:
-        yield partial
-        target = job_folder(run, job)
+        with room_for(target):
+            partial.mkdir(parents=True)
+            yield partial
         if target.exists():
             shutil.rmtree(target)
         partial.replace(target)

@@ -25,6 +25,7 @@ from PIL import Image
 from rich.progress import track
 from torchvision.transforms.v2 import Transform
 
+from ..files import room_for
 from .reading import MASK_THRESHOLD, read_mask
 from .scan_files import PILLOW_SUFFIXES, Bound, Scan, Window, checked_window, is_scan, pictures, read_scan, stem_of
 from .support import set_aside
@@ -183,8 +184,9 @@ def convert(sources: Mapping[str, Path], target: Path, window: Window | None) ->
             msg = f"pictures={str(target)!r} holds other files. Name a new folder for the pictures."
             raise FileExistsError(msg)
         try:
-            _convert(files, sources, partial, window)
-            (partial / RECORD).write_text(json.dumps(record), "utf-8")
+            with room_for(target):
+                _convert(files, sources, partial, window)
+                (partial / RECORD).write_text(json.dumps(record), "utf-8")
             if target.exists():  # not removed where it is: a kill would leave part of it, with or without the record
                 target.replace(old)
             partial.replace(target)

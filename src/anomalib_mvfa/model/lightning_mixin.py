@@ -30,7 +30,7 @@ from ..contract import DataFacts, class_name_of, describe, has_label
 from ..data.reading import refuse_deep
 from ..data.support import support_of
 from ..evaluation import metrics
-from ..files import written_whole
+from ..files import save_whole
 from ..memory import advised
 from .frozen_cache import FrozenCache
 from .fusion import Weights
@@ -100,8 +100,7 @@ class WholeCheckpointIO(AnomalibCheckpointIO):
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with written_whole(Path(path)) as partial:
-            torch.save(checkpoint, partial)
+        save_whole(checkpoint, Path(path))
 
 
 def plan_epochs(trainer: Trainer, max_epochs: int) -> None:
