@@ -7,12 +7,20 @@ import pytest
 import torch
 
 from anomalib_mvfa.data.phantom import write_phantom
+from anomalib_mvfa.memory import return_freed_memory
 from anomalib_mvfa.model.torch_model import MvfaModel
 from recipe import MINI, TINY, ClipFiles, write_clip, write_config, write_support_list
 
 # Arrays are small here, and threads would mostly wait for each other: up to 300 times as long on a busy machine.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of child processes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory():
+    """Give memory back between files, of which some make and drop large models."""
+    yield
+    return_freed_memory()
 
 
 @pytest.fixture(scope="session")
