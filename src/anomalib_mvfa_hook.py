@@ -101,13 +101,14 @@ def _attach_pending() -> None:
         hosts = _pending[:]
         del _pending[: len(hosts)]
         try:
-            for host in hosts:
-                _attach(host)
+            if not all(map(_attach, hosts)) and _FINDER in sys.meta_path:
+                sys.meta_path.remove(_FINDER)
         finally:
             _executing.remove(__name__)
 
 
-def _attach(host: "ModuleType") -> None:
+def _attach(host: "ModuleType") -> bool:
+    """Give a host our names; return whether that went well, and warn if not."""
     try:
         from anomalib_mvfa import plugin
 
@@ -121,6 +122,8 @@ def _attach(host: "ModuleType") -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+        return False
+    return True
 
 
 _FINDER = _Finder()

@@ -143,10 +143,13 @@ def test_hook_draws_no_warning_away_from_the_importing_module(small_world):
     assert python(code, PYTHONPATH=str(small_world)).splitlines()[-1] == str(small_world / "anomalib/models.py")
 
 
-def test_failing_plugin_only_warns(small_world):
+@pytest.mark.parametrize("first", [True, False], ids=["one by one", "both at once"])
+def test_failing_plugin_only_warns_and_once(small_world, first):
     (small_world / "anomalib_mvfa/plugin.py").write_text("raise OSError('disk on fire')")
-    printed = python("import anomalib.data; print('done')", PYTHONPATH=str(small_world))
+    imports = "import anomalib.data, anomalib.models" if first else "import anomalib.models"
+    printed = python(f"{imports}; print('done')", PYTHONPATH=str(small_world))
     assert printed.startswith("done")
+    assert printed.count("MVFA:") == 1
     assert "anomalib.data works, but without MVFA" in printed
     assert "OSError: disk on fire" in printed
     assert "ANOMALIB_MVFA_PLUGIN=0" in printed
