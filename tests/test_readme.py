@@ -201,6 +201,7 @@ def _tree():
 
 def test_the_tree_is_true():
     named = list(_tree())
+    assert len(set(named)) == len(named)
     for path in named:
         assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
     there = {

@@ -11,6 +11,8 @@ from typing import Any
 from anomalib import TaskType
 from anomalib.data import AnomalibDataModule, ImageBatch, ImageItem
 from anomalib.data.utils import LabelName
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
 
 DEFAULT_CLASS_NAME = "object"
 
@@ -90,3 +92,14 @@ def has_label(dataset: Any, label: LabelName) -> bool:  # noqa: ANN401  # any da
 def _task(dataset: Any) -> TaskType | None:  # noqa: ANN401  # any dataset of anomalib items
     samples = getattr(dataset, "samples", None)
     return TaskType(samples.attrs["task"]) if samples is not None and "task" in samples.attrs else None
+
+
+def dataset_of(trainer: Trainer, kind: str) -> Any:  # noqa: ANN401  # any dataset of anomalib items
+    """Return the dataset "train", "val" or "test" of a trainer's datamodule or loaders, None if it is not seen."""
+    if (dataset := getattr(getattr(trainer, "datamodule", None), f"{kind}_data", None)) is not None:
+        return dataset
+    loops = {"train": trainer.fit_loop, "val": trainer.validate_loop, "test": trainer.test_loop}
+    loader = getattr(loops[kind], "_data_source", None)
+    loader = getattr(loader, "instance", None)
+    loader = loader[0] if isinstance(loader, list) and loader else loader
+    return getattr(loader, "dataset", None) if isinstance(loader, DataLoader) else None

@@ -2,14 +2,9 @@
 
 import ctypes
 import gc
-import logging
-from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-
-logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 ADVICE = (
     "The memory did not suffice. Ways out, those without effect on scores first: a smaller eval_batch_size or "
@@ -24,24 +19,6 @@ M_MMAP_THRESHOLD, LARGE = -3, 16 * 2**20
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the memory of a device, or of the computer, did not suffice."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-class MemoryAdvice(Callback):
-    """Says what to do when a run ends for want of memory, beside the error itself."""
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Log the advice, with the batch sizes in use."""
-        if not is_out_of_memory(exception):
-            return
-        datamodule = getattr(trainer, "datamodule", None)
-        sizes = {name: getattr(datamodule, name, None) for name in ("train_batch_size", "eval_batch_size")}
-        in_use = ", ".join(f"{name}={size}" for name, size in sizes.items() if size)
-        logger.error("%s (Now: %s.)", ADVICE, ", ".join(filter(None, (str(pl_module.device), in_use))))
-
-
-def advised(callbacks: Sequence[Callback] | Callback) -> list[Callback]:
-    """Return a model's callbacks and :class:`MemoryAdvice`."""
-    return [*(callbacks if isinstance(callbacks, Sequence) else [callbacks]), MemoryAdvice()]
 
 
 def return_large_blocks() -> None:

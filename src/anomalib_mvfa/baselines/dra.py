@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
 
-from ..contract import DataFacts
+from ..contract import DataFacts, dataset_of
 from ..model.lightning_mixin import DEFAULT_PRETRAINED, check_numbers
 from .trained import TrainedMixin, drawn_from, standardise, timm_features
 
@@ -304,7 +304,7 @@ class Dra(TrainedMixin, AnomalibModule):
 
     def on_train_start(self) -> None:
         """Draw the references, processed as images to be scored are."""
-        data = self._train_data
+        data = dataset_of(self.trainer, "train")
         samples = getattr(data, "samples", None)
         normal = np.flatnonzero([] if samples is None else samples.label_index == LabelName.NORMAL)
         if not len(normal):

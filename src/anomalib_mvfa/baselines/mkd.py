@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, max_pool2d
 from torchvision.models import get_model
 
+from ..callbacks import beside
 from ..evaluation import OrderKeepingPostProcessor, metrics
-from ..memory import advised
 from ..model.lightning_mixin import DEFAULT_PRETRAINED, ONNX_OPSET, check_numbers, plan_epochs
 from ..model.processing import AntialiasedPreProcessor
 from ..model.torch_model import check_choice
@@ -233,8 +233,8 @@ class Mkd(AnomalibModule):
             plan_epochs(self.trainer, self.hparams["max_epochs"])
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return anomalib's callbacks, and advice for want of memory."""
-        return advised(super().configure_callbacks())
+        """Return anomalib's callbacks, and ours."""
+        return beside(super().configure_callbacks())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam over the student."""

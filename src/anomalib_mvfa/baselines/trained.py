@@ -21,10 +21,10 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.v2.functional import normalize
 
-from ..contract import DataFacts, describe
+from ..callbacks import beside
+from ..contract import DataFacts, dataset_of, describe
 from ..evaluation import OrderKeepingPostProcessor, metrics
-from ..memory import advised
-from ..model.lightning_mixin import ONNX_OPSET, dataset_of, plan_epochs
+from ..model.lightning_mixin import ONNX_OPSET, plan_epochs
 from ..model.processing import AntialiasedPreProcessor
 from ..model.weight_files import first_line
 
@@ -99,16 +99,10 @@ class TrainedMixin(_Host):
         """Settle how long to train, and look at what there is to learn from."""
         if stage == "fit":
             plan_epochs(self.trainer, self.hparams["max_epochs"])
-            datamodule = getattr(self.trainer, "datamodule", None)
-            self._check_data(describe(datamodule, self._train_data))
+            self._check_data(describe(getattr(self.trainer, "datamodule", None), dataset_of(self.trainer, "train")))
 
     def _check_data(self, facts: DataFacts) -> None:
         """Refuse data that cannot be learnt from, and warn of those that teach less."""
-
-    @property
-    def _train_data(self) -> Any:  # noqa: ANN401  # any dataset of anomalib items, or None
-        train_data = dataset_of(self.trainer, "train")
-        return getattr(getattr(self.trainer, "datamodule", None), "train_data", train_data)
 
     @property
     def _epochs(self) -> int:
@@ -140,8 +134,8 @@ class TrainedMixin(_Host):
         return super().to_onnx(*args, **{"opset_version": ONNX_OPSET, **kwargs})
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return anomalib's callbacks, and advice for want of memory."""
-        return advised(super().configure_callbacks())
+        """Return anomalib's callbacks, and ours."""
+        return beside(super().configure_callbacks())
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

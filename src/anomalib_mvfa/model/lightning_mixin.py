@@ -26,12 +26,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
 
-from ..contract import DataFacts, class_name_of, describe, has_label
+from ..callbacks import beside
+from ..contract import DataFacts, class_name_of, dataset_of, describe, has_label
 from ..data.reading import refuse_deep
 from ..data.support import support_of
 from ..evaluation import metrics
 from ..files import save_whole
-from ..memory import advised
 from .frozen_cache import FrozenCache
 from .fusion import Weights
 from .processing import AntialiasedPreProcessor, ThresholdScaledPostProcessor
@@ -116,15 +116,6 @@ def plan_epochs(trainer: Trainer, max_epochs: int) -> None:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.monitor is None:
             callback._save_on_train_epoch_end = True  # noqa: SLF001  # there is no public way to change it
-
-
-def dataset_of(trainer: Trainer, kind: str) -> Any:  # noqa: ANN401  # any dataset of anomalib items
-    """Return the dataset behind a trainer's "train", "val" or "test" loader, None where there is none to see."""
-    loops = {"train": trainer.fit_loop, "val": trainer.validate_loop, "test": trainer.test_loop}
-    loader = getattr(loops[kind], "_data_source", None)
-    loader = getattr(loader, "instance", None)
-    loader = loader[0] if isinstance(loader, list) and loader else loader
-    return getattr(loader, "dataset", None) if isinstance(loader, DataLoader) else None
 
 
 DEFAULT_BACKBONE = os.environ.get("ANOMALIB_MVFA_BACKBONE", "ViT-L-14-336")
@@ -263,7 +254,7 @@ class LightningMixin(_Host):
             )
 
     def _dataset(self, kind: str) -> Any:  # noqa: ANN401  # any dataset of anomalib items
-        """Dataset behind the trainer's loaders, for runs without a datamodule."""
+        """Dataset of the datamodule, or behind the trainer's loaders."""
         return dataset_of(self.trainer, kind)
 
     # ------------------------------------------------------------------ training
@@ -292,10 +283,8 @@ class LightningMixin(_Host):
         """Note that from here on, settings are those of a fit, and keep what is frozen of images that come again."""
         self._is_fitted = True
         self._log_settings()
-        data = getattr(self._datamodule, "train_data", None) or self._dataset("train")
-        if isinstance(
-            getattr(data, "augmentations", None), Resize | None
-        ):  # others change an image from epoch to epoch
+        augmentations = getattr(self._dataset("train"), "augmentations", None)
+        if isinstance(augmentations, Resize | None):  # others change an image from epoch to epoch
             self.model.cache = FrozenCache()
 
     def on_fit_end(self) -> None:
@@ -371,7 +360,7 @@ class LightningMixin(_Host):
 
     def on_validation_epoch_end(self) -> None:
         """Take thresholds from the support where validation shows one kind only."""
-        val_data = getattr(self._datamodule, "val_data", None) or self._dataset("val")
+        val_data = self._dataset("val")
         self._thresholds_are_set = all(has_label(val_data, label) for label in (LabelName.NORMAL, LabelName.ABNORMAL))
         self._set_thresholds_from_support()
 
@@ -638,8 +627,8 @@ class LightningMixin(_Host):
     # ------------------------------------------------------------------ anomalib's contract
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return anomalib's callbacks, and advice for want of memory."""
-        return advised(super().configure_callbacks())
+        """Return anomalib's callbacks, and ours."""
+        return beside(super().configure_callbacks())
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

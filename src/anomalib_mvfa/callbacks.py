@@ -1,0 +1,54 @@
+"""What runs beside every model of ours: advice where the memory does not suffice, and what checkpoints come of."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from .contract import dataset_of
+from .memory import ADVICE, is_out_of_memory
+from .provenance import commit, fingerprint, versions
+
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
+
+
+class MemoryAdvice(Callback):
+    """Says what to do when a run ends for want of memory, beside the error itself."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Log the advice, with the batch sizes in use."""
+        if not is_out_of_memory(exception):
+            return
+        datamodule = getattr(trainer, "datamodule", None)
+        sizes = {name: getattr(datamodule, name, None) for name in ("train_batch_size", "eval_batch_size")}
+        in_use = ", ".join(f"{name}={size}" for name, size in sizes.items() if size)
+        logger.error("%s (Now: %s.)", ADVICE, ", ".join(filter(None, (str(pl_module.device), in_use))))
+
+
+class Provenance(Callback):
+    """Writes into checkpoints, under "provenance", the commit, versions and a digest of the data that were learnt from.
+
+    Lightning itself writes the model's arguments.
+    """
+
+    _of_fit: dict[str, Any] | None = None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep it for checkpoints that are saved without another fit."""
+        del trainer, pl_module
+        self._of_fit = checkpoint.get("provenance")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add it."""
+        del pl_module
+        if trainer.state.fn == TrainerFn.FITTING:
+            train_set = fingerprint(dataset_of(trainer, "train"))
+            self._of_fit = {"commit": commit(), "versions": versions(), "train_set": train_set}
+        checkpoint["provenance"] = self._of_fit
+
+
+def beside(callbacks: Sequence[Callback] | Callback) -> list[Callback]:
+    """Return a model's callbacks, and these."""
+    return [*(callbacks if isinstance(callbacks, Sequence) else [callbacks]), MemoryAdvice(), Provenance()]

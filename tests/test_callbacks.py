@@ -1,0 +1,66 @@
+"""Beside every model: advice where the memory does not suffice, and where checkpoints come from."""
+
+import logging
+
+import pytest
+import torch
+from anomalib.engine import Engine
+
+from anomalib_mvfa import BMADFewShot, Dra, Mkd, Mvfa
+from anomalib_mvfa.memory import ADVICE
+from anomalib_mvfa.provenance import commit, fingerprint, versions
+
+
+@pytest.fixture
+def build(tiny_config):
+    """Return a function that builds a small model."""
+    arguments = {
+        Mvfa: {"backbone": str(tiny_config), "pretrained": None, "image_size": 56},
+        Mkd: {"backbone": "vgg11", "pre_trained": False, "image_size": 32},
+        Dra: {"backbone": "resnet18", "pre_trained": False, "image_size": 128},
+    }
+    return lambda kind: kind(**arguments[kind], max_epochs=1, visualizer=False)
+
+
+@pytest.fixture
+def engine(tmp_path):
+    """Return a function that builds an engine."""
+    arguments = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
+    return lambda: Engine(default_root_dir=tmp_path, **arguments)
+
+
+@pytest.fixture
+def data(phantom_root):
+    """Return a small datamodule."""
+    return BMADFewShot(phantom_root, k_shot=1, eval_batch_size=7, num_workers=0)
+
+
+@pytest.mark.parametrize("kind", [Mvfa, Mkd, Dra])
+@pytest.mark.parametrize("step", ["training_step", "test_step"])
+def test_advice_names_what_is_in_use(monkeypatch, build, engine, data, caplog, kind, step):
+    model = build(kind)
+
+    def fail(*_, **__):
+        msg = "CUDA out of memory. Tried to allocate 2.00 GiB."
+        raise torch.OutOfMemoryError(msg)
+
+    monkeypatch.setattr(model, step, fail)
+    with caplog.at_level(logging.ERROR, "anomalib.mvfa"), pytest.raises(torch.OutOfMemoryError, match="CUDA out of"):
+        engine().train(model, datamodule=data)
+    assert f"{ADVICE} (Now: cpu, train_batch_size=1, eval_batch_size=7.)" in caplog.text
+
+
+@pytest.mark.parametrize(("kind", "by_loader"), [(Mvfa, False), (Mvfa, True), (Mkd, False), (Dra, False)])
+def test_a_checkpoint_says_where_it_comes_from(build, engine, data, tmp_path, kind, by_loader):
+    data.prepare_data()
+    data.setup()
+    trained = engine()
+    trained.fit(build(kind), **{"train_dataloaders": data.train_dataloader()} if by_loader else {"datamodule": data})
+    expected = {"commit": commit(), "versions": versions(), "train_set": fingerprint(data.train_data)}
+    assert len(expected["train_set"]) == 64
+    assert torch.load(trained.best_model_path, weights_only=False)["provenance"] == expected
+
+    later = engine()
+    later.test(build(kind), datamodule=data, ckpt_path=trained.best_model_path)
+    later.trainer.save_checkpoint(tmp_path / "again.ckpt")
+    assert torch.load(tmp_path / "again.ckpt", weights_only=False)["provenance"] == expected
