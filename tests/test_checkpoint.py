@@ -72,6 +72,23 @@ def test_failed_save_leaves_the_old_file(tiny_model, tmp_path, monkeypatch):
     assert path.read_bytes() == old
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda value: (100 * value).to(torch.int8), "have values of int8 in "),
+        (lambda value: value.double() * 1e300, "have values that are not finite"),
+    ],
+)
+def test_values_of_another_kind(untouched, published, tmp_path, spoil, message):
+    before = {name: value.clone() for name, value in untouched.state_dict().items()}
+    name = next(iter(published["det_adapters"]))
+    published["det_adapters"] = {**published["det_adapters"], name: spoil(published["det_adapters"][name])}
+    torch.save(published, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=rf"odd\.pth' {message}"):
+        load_adapters(untouched, tmp_path / "odd.pth")
+    assert all(torch.equal(value, before[name]) for name, value in untouched.state_dict().items() if "adapters" in name)
+
+
 def test_missing_file(untouched, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.pth'.*no such file\. Give the path of a published"):
         load_adapters(untouched, tmp_path / "nothing.pth")

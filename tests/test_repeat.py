@@ -51,3 +51,19 @@ def test_seeds_must_be_whole_numbers(seeds, capsys):
     with pytest.raises(SystemExit):
         main(["--seeds", seeds])
     assert "--seeds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--output", "."], "--output . must be a file that can be written"),
+        (["--output", "file/repeat.json"], "--output file/repeat.json must be a file"),
+        (["--seeds", "0,1,0"], "--seeds 0,1,0 must not name one twice"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_run(tmp_path, monkeypatch, capsys, option, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        main(["--seeds", "0", *option, "--model", "Mvfa"])
+    assert message in capsys.readouterr().err

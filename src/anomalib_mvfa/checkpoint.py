@@ -8,6 +8,7 @@ import torch
 from .files import save_whole
 from .model.adapters import BRANCHES
 from .model.torch_model import MvfaModel
+from .model.weight_files import checked_values
 
 
 def load_adapters(model: MvfaModel, path: str | Path) -> None:
@@ -46,11 +47,13 @@ def load_adapters(model: MvfaModel, path: str | Path) -> None:
                 f"file and {expected.get(name, 'missing')} in the model. Check backbone, levels and adaptation."
             )
             raise ValueError(msg)
-    if spoilt := [name for key in keys for name, weight in saved[key].items() if not torch.isfinite(weight).all()]:
-        msg = f"adapters={str(path)!r} have values that are not finite, in {spoilt[:3]}. The file is spoilt."
-        raise ValueError(msg)
-    for key in keys:
-        getattr(model, key).load_state_dict(saved[key])
+    own = {key: getattr(model, key) for key in keys}
+    checked = {
+        key: checked_values(saved[key], adapters.state_dict(), f"adapters={str(path)!r}")
+        for key, adapters in own.items()
+    }
+    for key, adapters in own.items():
+        adapters.load_state_dict(checked[key])
 
 
 def _is_state_dict(value: Any) -> bool:  # noqa: ANN401  # whatever a file holds

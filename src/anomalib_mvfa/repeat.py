@@ -48,6 +48,10 @@ def main(arguments: Sequence[str]) -> None:
     own, train = parser.parse_known_args(arguments)
     if own.resamples < 1:
         parser.error(f"--resamples {own.resamples} must be at least 1")
+    if len(set(own.seeds)) < len(own.seeds):
+        parser.error(f"--seeds {','.join(map(str, own.seeds))} must not name one twice")
+    if own.output.is_dir() or any(parent.exists() and not parent.is_dir() for parent in own.output.parents):
+        parser.error(f"--output {own.output} must be a file that can be written, such as results/repeat.json")
 
     runs, scores = [], []
     for seed in own.seeds:

@@ -137,6 +137,14 @@ def test_names_of_folders_are_plain_and_stay_apart(comparison):
     assert not [folder for folder in folders if set(folder) & set("/ <>") or folder.startswith(".")]
 
 
+@pytest.mark.parametrize("name", ["A" * 300, "\u4e2d" * 100])
+def test_names_fit_on_disks(comparison, name):
+    method = {"protocol": "few_normal", "model": {"class_path": "Padim"}}
+    first, second = (comparison(methods={name + end: method}, weights={}).jobs()[0].folder for end in "ab")
+    assert first != second
+    assert len(first.encode()) <= 207
+
+
 def test_a_job_has_finished_once_its_own_row_is_there(comparison, tmp_path):
     job, *_ = comparison().jobs()
     assert job.finished(tmp_path) is None
@@ -164,6 +172,10 @@ MISTAKES = {
     "no list": (
         {"methods": {"A": {"protocol": "few_shot", "model": {"class_path": "Padim"}, "categories": "Brain"}}},
         "methods.A.categories='Brain' must be a list",
+    ),
+    "key of a model": (
+        {"methods": {"A": {"protocol": "few_shot", "model": {"class_path": "Padim", "init_arg": {}}}}},
+        r"methods\.A\.model has \['init_arg'\], to choose from are: class_path, init_args",
     ),
     "trainer": (
         {"methods": {"A": {"protocol": "few_shot", "model": {"class_path": "Padim"}, "trainer": {"devices": 2}}}},

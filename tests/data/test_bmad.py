@@ -134,6 +134,14 @@ def test_a_category_typo_lists_the_categories(bmad_root, datamodule):
         datamodule(bmad_root, category="brain")
 
 
+@pytest.mark.parametrize("name", ["Good", "ungood", "good_2"])
+def test_misnamed_folders_are_refused(tmp_path, write_category, name):
+    write_category(tmp_path, "Brain")
+    (tmp_path / "Brain/test/good").rename(tmp_path / "Brain/test" / name)
+    with pytest.raises(ValueError, match=rf"test has a folder '{name}'; its folders must be called good and Ungood"):
+        find_samples(tmp_path, "Brain", "test")
+
+
 # ----------------------------------------------------------------------------------------------------------- One class
 
 

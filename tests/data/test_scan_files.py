@@ -56,6 +56,36 @@ def test_dicom_without_a_linear_window_asks_for_one(tmp_path, function):
         shown(path)
 
 
+@pytest.mark.parametrize("width", [0, -400])
+def test_a_window_of_dicoms_own_that_is_none_is_not_used(tmp_path, width):
+    path = write_dicom(tmp_path / "a.dcm", HOUNSFIELD, WindowCenter=50, WindowWidth=width)
+    with pytest.raises(ValueError, match="no intensity window of its own"):
+        shown(path)
+
+
+def test_a_window_of_width_1_is_a_step(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", HOUNSFIELD, WindowCenter=50.5, WindowWidth=1)
+    assert shown(path) == [[[0, 0], [0, 0], [255, 255]]]
+
+
+def test_elements_that_were_emptied_are_absent(tmp_path):
+    names = ("WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept")
+    path = write_dicom(tmp_path / "a.dcm", HOUNSFIELD, **dict.fromkeys(names))
+    assert shown(path, [-150, 250]) == [SOFT_TISSUE]
+
+
+def test_masks_are_read_as_they_are_stored(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", HOUNSFIELD, RescaleSlope=1, RescaleIntercept=-1024)
+    assert read_scan(path, as_mask=True).slices[0].tolist() == HOUNSFIELD.tolist()
+
+
+def test_dicom_of_few_bits_needs_a_window(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", np.array([[0, 15]], np.uint8), BitsStored=4, HighBit=3)
+    assert shown(path, [0, 15]) == [[[0, 255]]]
+    with pytest.raises(ValueError, match="no intensity window"):
+        shown(path)
+
+
 def test_8_bit_dicom_is_shown_as_it_is(tmp_path):
     grey = np.array([[0, 7], [200, 255]], np.uint8)
     colours = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
@@ -148,6 +178,31 @@ def test_pages_are_slices(tmp_path):
     pages = [Image.fromarray(np.full((2, 2), value, np.uint16)) for value in (0, 50, 100)]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
     assert [picture[0][0] for picture in shown(tmp_path / "a.tif", [0, 100])] == [0, 128, 255]
+
+
+def test_pages_of_several_depths_are_refused(tmp_path):
+    first, second = Image.fromarray(np.full((2, 2), 9, np.uint8)), Image.fromarray(np.full((2, 2), 3000, np.uint16))
+    for name, pages in (("a.tif", (first, second)), ("b.tif", (second, first))):
+        pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+        with pytest.raises(ValueError, match=rf"{name} cannot be read .*pages of 8 bits and of more"):
+            read_scan(tmp_path / name)
+
+
+def test_deep_tiff_whose_0_is_white(tmp_path):
+    Image.fromarray(np.array([[0, 1000]], np.uint16)).save(tmp_path / "a.tif", tiffinfo={262: 0})
+    assert shown(tmp_path / "a.tif", [0, 1000]) == [[[255, 0]]]
+
+
+@pytest.mark.parametrize("window", [["1%", "60%"], [500, "99%"]])
+def test_windows_that_meet_or_turn_round_in_a_file(tmp_path, window):
+    values = np.zeros((4, 4, 2), np.int16)
+    values[0, 0] = 100, 200
+    path = write_nifti(tmp_path / "a.nii", values)
+    if window[0] == 500:
+        with pytest.raises(ValueError, match=r"a\.nii: the window is from 500 to .* in this file\. Give the lower end"):
+            shown(path, window)
+    else:
+        assert [np.max(picture) for picture in shown(path, window)] == [255, 255]  # the lesion is not black
 
 
 def test_an_image_of_one_value_is_black(tmp_path):

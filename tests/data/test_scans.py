@@ -1,13 +1,13 @@
 """Scans in datamodules and in prediction: right pictures, labels and masks, or one error and nothing left behind."""
 
 import errno
-import json
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from anomalib.data.utils import LabelName
 from anomalib.engine import Engine
 from PIL import Image
@@ -119,10 +119,11 @@ def test_other_models_of_anomalib_read_scans_too(hospital, tmp_path):
     assert item.gt_mask.sum() == 81
 
 
-def test_normal_scans_to_test_on_may_be_given(hospital, tmp_path):
-    data = source(hospital, tmp_path / "out", normal_test_dir="healthy/deep", val_split_mode="none")
+def test_normal_scans_to_test_on_may_be_given(copied, tmp_path):
+    (copied / "healthy/deep").rename(copied / "well")
+    data = source(copied, tmp_path / "out", normal_test_dir="well", val_split_mode="none")
     data.setup()
-    assert (len(data.train_data), len(data.test_data)) == (NORMAL * SLICES, SLICES + ABNORMAL * SLICES)
+    assert (len(data.train_data), len(data.test_data)) == ((NORMAL - 1) * SLICES, SLICES + ABNORMAL * SLICES)
 
 
 def test_nothing_normal_to_test_on(tmp_path):
@@ -134,7 +135,9 @@ def test_nothing_normal_to_test_on(tmp_path):
 
 def test_nothing_is_converted_twice_unless_it_changed(copied, tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr(scans, "read_scan", lambda path, real=scans.read_scan: (read.append(path.name), real(path))[1])
+    monkeypatch.setattr(
+        scans, "read_scan", lambda path, real=scans.read_scan, **how: (read.append(path.name), real(path, **how))[1]
+    )
     out = tmp_path / "out"
     files = NORMAL + 2 * ABNORMAL
     source(copied, out).prepare_data()
@@ -168,7 +171,7 @@ def spoil(root, how):
         return r"q1\.nii is \(4, 24, 24, 'LAS'\) in .* \(4, 24, 24, 'RAS'\)\. They must agree"
     if how == "empty mask":
         write_nifti(root / "drawn/q1.nii", np.zeros_like(mask))
-        return r"Mask .*q1\.nii marks nothing, and its scan is in the folder of abnormal ones"
+        return r"mask of .*q1\.nii\.gz marks nothing, and it is in the folder of abnormal scans"
     if how == "two suffixes":
         write_nifti(root / "healthy/p3.nii", values)
         return r"p3\.nii.* and .*p3\.nii.* differ by their suffixes only"
@@ -223,16 +226,113 @@ def test_no_window(hospital, tmp_path):
 
 def test_folders_of_others_are_left_alone(hospital, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"pictures=.* holds other files\. Name a new folder"):
+    with pytest.raises(FileExistsError, match=r"pictures=.* holds other files, or is one\. Name a new folder"):
         source(hospital, tmp_path).prepare_data()
     assert names(tmp_path) == ["thesis.txt"]
 
 
-def test_a_record_cut_short_is_written_anew(hospital, tmp_path):
-    source(hospital, tmp_path / "out").prepare_data()
-    (tmp_path / "out/scans.json").write_text("{")
-    source(hospital, tmp_path / "out").prepare_data()
-    assert json.loads((tmp_path / "out/scans.json").read_text())["window"] == WINDOW
+@pytest.mark.parametrize("record", ["{", '{"my": "metadata"}'])
+def test_a_record_that_is_not_ours_is_left_alone(hospital, tmp_path, record):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/scans.json").write_text(record)
+    with pytest.raises(FileExistsError, match="holds other files"):
+        source(hospital, tmp_path / "out").prepare_data()
+    assert (tmp_path / "out/scans.json").read_text() == record
+
+
+def test_a_file_beside_the_pictures_is_left_alone(hospital, tmp_path):
+    out = tmp_path / "out"
+    source(hospital, out).prepare_data()
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="holds other files"):
+        source(hospital, out, window=[0, 500]).prepare_data()
+    assert (out / "thesis.txt").exists()
+
+
+def test_pictures_that_are_gone_are_made_again(hospital, tmp_path):
+    out = tmp_path / "out"
+    source(hospital, out).prepare_data()
+    pictures = names(out)
+    (out / "normal/p0_slice001.png").unlink()
+    source(hospital, out).prepare_data()
+    assert names(out) == pictures
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pictures": "healthy/out"}, r"folder of pictures .*healthy/out\) is, or is inside, that of normal"),
+        ({"pictures": "."}, r"folder of normal .*healthy\) is, or is inside, that of pictures"),
+        ({"abnormal_dir": "healthy/deep"}, r"folder of abnormal .*healthy/deep\) is, or is inside, that of normal"),
+        ({"normal_test_dir": "healthy"}, "folder of normal .* is, or is inside, that of normal_test"),
+    ],
+)
+def test_folders_are_apart(copied, changes, message):
+    changes = {"pictures": "out", **changes}
+    with pytest.raises(ValueError, match=message):
+        source(copied, copied / changes.pop("pictures"), **changes).prepare_data()
+    assert (copied / "healthy/p0.nii.gz").exists()
+
+
+def test_two_windows_and_two_patients_have_pictures_of_their_own(copied, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = source(copied, None), source(copied, None, window=[0, 500])
+    first.setup()
+    value = first.train_data[0].image.mean()
+    second.setup()
+    assert second.train_data[0].image.mean() > 1.5 * value
+    assert first.train_data[0].image.mean() == value
+    patients = [PredictScans(copied / f"ill/q{number}.nii.gz", WINDOW) for number in range(2)]
+    assert not torch.equal(patients[0][0].image, patients[1][0].image)
+    assert [len(patient) for patient in patients] == [SLICES, SLICES]
+
+
+def test_a_name_like_a_slices_is_refused(copied, tmp_path):
+    Image.new("L", (SIZE, SIZE)).save(copied / "healthy/p0_slice001.png")
+    with pytest.raises(ValueError, match=r"Two scans have the picture p0_slice001\.png"):
+        source(copied, tmp_path / "out").prepare_data()
+
+
+def test_folders_behind_links_are_read(copied, tmp_path):
+    (copied / "healthy/deep").rename(tmp_path / "elsewhere")
+    (copied / "healthy/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/round").symlink_to(copied / "healthy")
+    source(copied, tmp_path / "out").prepare_data()
+    assert sum(name.startswith("normal/") for name in names(tmp_path / "out")) == NORMAL * SLICES
+
+
+def test_series_of_single_files_are_patients(tmp_path):
+    ct = {"RescaleSlope": 1, "RescaleIntercept": -1024}  # a header that a mask has from its scan
+    for number in range(4):
+        for index in range(4):
+            values, mask = volume(4 * number + index, lesion=True)
+            write_dicom(tmp_path / f"healthy/p{number}/IM{index}", values[..., 0].T)
+            write_dicom(tmp_path / f"ill/q{number}/IM{index}", values[..., index].T)
+            write_dicom(tmp_path / f"drawn/q{number}/IM{index}", mask[..., index].astype(np.int16).T, **ct)
+    data = source(tmp_path, tmp_path / "out")
+    data.setup()
+    found = names(tmp_path / "out")
+    assert sum(name.startswith("abnormal/") for name in found) == 4 * len(MARKED)
+    assert sum(name.startswith("normal_test/abnormal/") for name in found) == 4 * (4 - len(MARKED))
+    parts = [part.samples.image_path for part in (data.train_data, data.val_data, data.test_data)]
+    patients = [{Path(path).parent.name for path in part} for part in parts]
+    assert sum(map(len, patients)) == len(set.union(*patients)) == 8
+    shutil.rmtree(tmp_path / "drawn/q1")
+    shutil.copytree(tmp_path / "healthy/p0", tmp_path / "drawn/q1")
+    for index in range(4):
+        write_dicom(tmp_path / f"drawn/q1/IM{index}", np.zeros((SIZE, SIZE), np.int16))
+    with pytest.raises(ValueError, match=r"mask of .*/ill/q1/.* marks nothing"):
+        source(tmp_path, tmp_path / "out").prepare_data()
+
+
+def test_a_mask_on_another_grid_is_refused(copied, tmp_path):
+    import nibabel
+
+    mask = nibabel.load(copied / "drawn/q0.nii")
+    moved = nibabel.Nifti1Image(np.asarray(mask.dataobj), mask.affine @ np.diag([3, 3, 9, 1]))
+    nibabel.save(moved, copied / "drawn/q0.nii")
+    with pytest.raises(ValueError, match=r"q0\.nii and its scan .*q0\.nii\.gz are not on the same grid"):
+        source(copied, tmp_path / "out").prepare_data()
 
 
 @pytest.mark.parametrize("first", [scans.RECORD, "normal/p0_slice000.png"])

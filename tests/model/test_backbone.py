@@ -237,6 +237,35 @@ def test_weights_of_every_form(build, weights, tmp_path, name):
     assert found.fingerprint == expected.fingerprint
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_weights_at_another_image_size(build, weights, tmp_path, kind):
+    rounded = {name: value.to(kind) for name, value in weights.items()}
+    torch.save(rounded, tmp_path / "half.pt")
+    torch.save({name: value.float() for name, value in rounded.items()}, tmp_path / "float.pt")
+    half, single = (build(tmp_path / name, image_size=70).clip.state_dict() for name in ("half.pt", "float.pt"))
+    assert all(torch.equal(value, single[name]) for name, value in half.items())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda value: (10 * value).to(torch.int8),
+            "have values of int8 in .*; float16, bfloat16, float32 or",
+        ),
+        (lambda value: value > 0, "have values of bool in"),
+        (lambda value: value.to(torch.complex64), "have values of complex64 in"),
+        (lambda value: value.to_sparse(), "have values of float32, not all of them stored, in"),
+        (lambda value: value.double() * 1e200, "have values that are not finite"),
+    ],
+    ids=["int8", "bool", "complex", "sparse", "overflow"],
+)
+def test_values_of_another_kind(build, weights, tmp_path, spoil, message):
+    torch.save({**weights, "ln_final.weight": spoil(weights["ln_final.weight"])}, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=rf"odd\.pt' {message}"):
+        build(tmp_path / "odd.pt")
+
+
 def test_home_folder_in_a_path(build, file, monkeypatch):
     monkeypatch.setenv("HOME", str(file.parent))
     assert build("~/clip.pt").fingerprint == build().fingerprint

@@ -58,6 +58,12 @@ def fit(engine, model, datamodule):
     return engine.best_model_path
 
 
+def test_a_checkpoint_of_other_levels_is_refused(make, few_shot, engine):
+    checkpoint = fit(engine(), make(levels=[1, 2]), few_shot())
+    with pytest.raises(RuntimeError, match=r"made with levels=\[1, 2\], and levels=\[2, 3\] are in use\. Give"):
+        engine().test(make(levels=[2, 3]), datamodule=few_shot(), ckpt_path=checkpoint)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
 def test_a_full_disk_leaves_the_last_checkpoint(make, few_shot, engine, tmp_path):
     class FullDisk(Callback):

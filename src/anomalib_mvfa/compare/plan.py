@@ -30,6 +30,8 @@ SET_BY_JOB = {
 }
 """Arguments that a method does not have a say in: the comparison sets them."""
 Built = TypeVar("Built")
+LONGEST = 200
+"""Bytes of a folder's name; disks take 255."""
 MODEL_DEFAULT = "default"
 """Stands for the weights that a model loads by itself, in methods that `weights` does not name."""
 
@@ -67,6 +69,7 @@ class Method:
         if not isinstance(self.model.get("class_path"), str):
             msg = f"{where}model={self.model!r} must be a mapping with class_path and init_args."
             raise ValueError(msg)  # noqa: TRY004  # the file's value is at fault
+        _check_keys(f"{where}model", self.model)
         if self.categories == []:
             msg = f"{where}categories=[] must be a list with at least one category."
             raise ValueError(msg)
@@ -265,7 +268,9 @@ class Job:
         shots = f"-k{self.k_shot}" if self.k_shot is not None else ""
         name = f"{self.name}-{self.category}{shots}-s{self.seed}"
         safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name).lstrip(".")
-        return safe if safe == name else f"{safe}-{_digest(name)[:6]}"  # so that no two names become one
+        # So that no two names become one, nor one too long for a file.
+        short = safe.encode()[:LONGEST].decode(errors="ignore")
+        return short if short == name else f"{short}-{_digest(name)[:6]}"
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -323,6 +328,12 @@ class Job:
         return FewShot(source, abnormal_shots=0, **split, **{"train_batch_size": self.split_shots, **arguments})
 
 
+def _check_keys(where: str, mapping: Mapping[str, Any]) -> None:
+    if unknown := sorted(map(str, set(mapping) - {"class_path", "init_args"})):
+        msg = f"{where} has {unknown}, to choose from are: class_path, init_args."
+        raise ValueError(msg)
+
+
 def _with_category(mapping: dict[str, Any], category: str) -> dict[str, Any]:
     arguments = mapping.get("init_args", {})
     return {**mapping, "init_args": {**arguments, "category": category}} if isinstance(arguments, Mapping) else mapping
@@ -333,6 +344,7 @@ def _datamodule(mapping: Mapping[str, Any]) -> AnomalibDataModule:
     if not isinstance(mapping.get("class_path"), str) or not isinstance(arguments, Mapping):
         msg = f"data={dict(mapping)!r} must be a mapping with class_path and init_args, or a list of such."
         raise ValueError(msg)  # noqa: TRY004  # the file's value is at fault
+    _check_keys("data", mapping)
     try:
         return get_datamodule(dict(mapping))
     except UnknownDatamoduleError as error:

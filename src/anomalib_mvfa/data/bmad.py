@@ -20,6 +20,8 @@ logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings 
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 MASK_FOLDERS = ("label", "anomaly_mask")
+KINDS = {"good": LabelName.NORMAL, "Ungood": LabelName.ABNORMAL}
+"""Folders in a split."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,17 @@ def find_samples(root: str | Path, category: str, split: str) -> DataFrame:
 
     Raises:
         FileNotFoundError: The category is not there, or the split has no image.
-        ValueError: A mask is missing, or belongs to no image.
+        ValueError: A mask is missing or belongs to no image, or a folder has another name.
     """
     folder = category_folder(root, category) / split
+    there = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    if odd := sorted(name for name in there if name not in KINDS and not name.startswith(".")):
+        msg = (
+            f"{folder} has a folder {odd[0]!r}; its folders must be called {' and '.join(KINDS)}. Rename or remove it."
+        )
+        raise ValueError(msg)
     rows = []
-    for kind, label in (("good", LabelName.NORMAL), ("Ungood", LabelName.ABNORMAL)):
+    for kind, label in KINDS.items():
         within, beside = _images(folder / kind / "img"), _images(folder / kind)
         if within and beside:
             msg = f"{folder / kind} has images both in img/ and beside it, such as {beside[0].name}. Put all in img/."

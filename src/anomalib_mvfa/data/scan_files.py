@@ -21,6 +21,8 @@ Window = tuple[Bound, Bound]
 DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 PILLOW_SUFFIXES = {".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".tif", ".tiff", ".webp"}
+PHOTOMETRIC = 262
+"""TIFF's tag of what 0 looks like: 0, white."""
 EXTRA = "It needs a further package: pip install 'anomalib-mvfa[scans]'."
 
 
@@ -34,6 +36,7 @@ class Scan:
         is_8_bit: Whether the values are to be shown as they are.
         inverted: Whether high values are to be shown dark (DICOM's MONOCHROME1).
         orientation: Of the axes on disk, as NIfTI names them, such as "LAS"; None for other files.
+        grid: NIfTI's affine ``(4, 4)``, from voxels on disk to millimetres.
     """
 
     slices: np.ndarray
@@ -41,6 +44,7 @@ class Scan:
     is_8_bit: bool = False
     inverted: bool = False
     orientation: str | None = None
+    grid: np.ndarray | None = None
 
 
 def is_scan(path: Path) -> bool:
@@ -68,11 +72,15 @@ def is_suffix(suffix: str) -> bool:
     return suffix.lower() in PILLOW_SUFFIXES | DICOM_SUFFIXES
 
 
-def read_scan(path: Path) -> Scan:
+def read_scan(path: Path, as_mask: bool = False) -> Scan:
     """Read a file.
 
     DICOM is read in the units of its modality (Hounsfield units of CT). NIfTI is cut into axial slices, from the feet
     up, as radiologists look at them: the front of the body on top, and the patient's right side on the left.
+
+    Args:
+        path: The file.
+        as_mask: Whether to read values as they are stored, without the units of a modality that a header may have.
 
     Raises:
         ValueError: It cannot be read, has values that are not finite, or is of a kind that is not supported.
@@ -84,7 +92,7 @@ def read_scan(path: Path) -> Scan:
         elif path.suffix.lower() in PILLOW_SUFFIXES:
             scan = _read_pillow(path)
         else:
-            scan = _read_dicom(path)
+            scan = _read_dicom(path, as_mask)
     except ModuleNotFoundError:
         raise
     except Exception as error:  # whatever a reader raises on a broken file
@@ -117,7 +125,8 @@ def pictures(scan: Scan, window: Window | None, path: Path) -> list[Image.Image]
                 "a file."
             )
             raise ValueError(msg)
-        values = _windowed(values, *bounds)
+        low, high = bounds
+        values = _windowed(values, low, high, path)
     return [Image.fromarray(255 - plane if scan.inverted else plane) for plane in values]
 
 
@@ -162,10 +171,14 @@ def _bound(end: Bound, values: np.ndarray) -> float:
     return float(np.percentile(values, _number(end))) if _is_percentile(end) else _number(end)
 
 
-def _windowed(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Return 8-bit values; a file of one value, whose percentiles are the same, is black."""
-    width = high - low if high > low else np.inf
-    return np.round(255 * np.clip((values.astype(np.float64) - low) / width, 0, 1)).astype(np.uint8)
+def _windowed(values: np.ndarray, low: float, high: float, path: Path) -> np.ndarray:
+    """Return 8-bit values; where both ends are the same, what is above is white."""
+    if high < low:
+        msg = f"{path}: the window is from {low:g} to {high:g} in this file. Give the lower end first."
+        raise ValueError(msg)
+    if high == low:
+        return np.where(values > low, 255, 0).astype(np.uint8)
+    return np.round(255 * np.clip((values.astype(np.float64) - low) / (high - low), 0, 1)).astype(np.uint8)
 
 
 def _read_pillow(path: Path) -> Scan:
@@ -174,9 +187,15 @@ def _read_pillow(path: Path) -> Scan:
         if deep and len(image.getbands()) > 1:
             msg = "colours of more than 8 bits are not supported; convert them to 8 bits"
             raise ValueError(msg)
-        upright = map(ImageOps.exif_transpose, ImageSequence.Iterator(image))
-        frames = [np.asarray(frame if deep else frame.convert("RGB")) for frame in upright]
-    return Scan(np.stack(frames), is_8_bit=not deep)
+        frames = []
+        for frame in [image] if image.format == "MPO" else ImageSequence.Iterator(image):  # with previews of a camera
+            if is_deep(frame) != deep:
+                msg = "it has pages of 8 bits and of more; one depth is expected"
+                raise ValueError(msg)
+            upright = ImageOps.exif_transpose(frame)
+            frames.append(np.asarray(upright if deep else upright.convert("RGB")))
+        white_is_zero = deep and image.format == "TIFF" and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0
+    return Scan(np.stack(frames), is_8_bit=not deep, inverted=white_is_zero)
 
 
 def _read_nifti(path: Path) -> Scan:
@@ -195,10 +214,13 @@ def _read_nifti(path: Path) -> Scan:
     axes = nibabel.orientations.io_orientation(image.affine)
     values = nibabel.orientations.apply_orientation(values, axes)  # from left to right, back to front, feet to head
     code = "".join(nibabel.orientations.aff2axcodes(image.affine))
-    return Scan(values[::-1, ::-1].transpose(2, 1, 0), orientation=code)
+    if not values.size:
+        msg = f"its shape is {values.shape}; it has no slice"
+        raise ValueError(msg)
+    return Scan(values[::-1, ::-1].transpose(2, 1, 0), orientation=code, grid=np.asarray(image.affine))
 
 
-def _read_dicom(path: Path) -> Scan:
+def _read_dicom(path: Path, as_mask: bool) -> Scan:
     try:
         from pydicom import dcmread
         from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
@@ -206,6 +228,9 @@ def _read_dicom(path: Path) -> Scan:
         msg = f"{path} is a DICOM file. {EXTRA}"
         raise ModuleNotFoundError(msg) from error
     file = dcmread(path)
+    for name in ("WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept"):
+        if name in file and file[name].is_empty:  # as software leaves them that takes out what names a patient
+            del file[name]
     groups = [*file.get("SharedFunctionalGroupsSequence", []), *file.get("PerFrameFunctionalGroupsSequence", [])]
     if any("PixelValueTransformationSequence" in group for group in groups):
         msg = "its frames have units of their own; write them as single files, or as NIfTI"
@@ -220,9 +245,9 @@ def _read_dicom(path: Path) -> Scan:
             msg = "colours of more than 8 bits are not supported; convert them to 8 bits"
             raise ValueError(msg)
         return Scan(stored, is_8_bit=True)
-    is_8_bit = stored.dtype == np.uint8 and "WindowWidth" not in file
+    is_8_bit = stored.dtype == np.uint8 and file.BitsStored == 8 and "WindowWidth" not in file
     return Scan(
-        slices=stored if is_8_bit else apply_modality_lut(stored, file),
+        slices=stored if is_8_bit or as_mask else apply_modality_lut(stored, file),
         window=_own_window(file),
         is_8_bit=is_8_bit,
         inverted=file.PhotometricInterpretation == "MONOCHROME1",
@@ -235,6 +260,8 @@ def _own_window(file: Any) -> tuple[float, float] | None:  # noqa: ANN401  # pyd
     if "WindowCenter" not in file or "WindowWidth" not in file or function not in {"LINEAR", "LINEAR_EXACT"}:
         return None
     centre, width = (float(np.atleast_1d(file[name].value)[0]) for name in ("WindowCenter", "WindowWidth"))
+    if width < (1 if function == "LINEAR" else 0):
+        return None
     if function == "LINEAR":
         centre, width = centre - 0.5, width - 1
     return centre - width / 2, centre + width / 2

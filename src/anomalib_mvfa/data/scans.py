@@ -2,17 +2,19 @@
 
 .. code-block:: text
 
-    PICTURES/scans.json          the window and the files that the pictures were made with
+    PICTURES/scans.json          the window and the files that the pictures were made with, and the pictures' names
     PICTURES/<folder>/...        a picture for every file, or for every slice of a file: <name>_slice<number>.png
 
-The name of a file tells slices of one volume from others: all slices of a name are one group.
+All slices of a file are one group, and so are the files of one slice in a folder of their own: those of a DICOM series.
 """
 
 import copy
+import hashlib
 import json
 import logging
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,10 @@ from .support import set_aside
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 RECORD = "scans.json"
-GROUPS = r"([^/]+?)(?:_slice\d+)?\.png$"
-"""A picture's group: all slices of one file."""
+MADE_BY = "anomalib_mvfa.Scans"
+"""Tells our records from others' files of that name."""
+GROUPS = r".*/(?:normal_test|abnormal|normal)/(.+(?=_slice\d+\.png$)|.+(?=/[^/]+\.png$)|[^/]+(?=\.png$))"
+"""A picture's group: the file, or the folder that a file of one slice is in."""
 
 
 class Scans(Folder):
@@ -42,8 +46,8 @@ class Scans(Folder):
 
     A file of several slices becomes as many pictures. Slices of an abnormal file are abnormal where its mask marks
     something, and normal elsewhere. The pictures are converted on first use, and anew when a file or the window has
-    changed. Data are split by whole files; without ``normal_test_dir``, the share ``test_split_ratio`` of the normal
-    ones is tested.
+    changed. Data are split by whole files, and files of one slice by the folders that they are in, if they are in any;
+    without ``normal_test_dir``, the share ``test_split_ratio`` of the normal ones is tested.
 
     Args:
         name: Name of the data set, under which results are filed.
@@ -55,7 +59,9 @@ class Scans(Folder):
         window: What becomes black and what white, of files of more than 8 bits: two values in the file's units
             (Hounsfield units of CT), or two percentiles of a file, such as ``["1%", "99%"]``. By default, the window
             that a DICOM file has itself.
-        pictures: Folder of the pictures, ``./datasets/<name>_8bit`` by default.
+        pictures: Folder of the pictures, by default one below ``./datasets/<name>_8bit``, which is that of these
+            folders and this window alone. A folder that you name is for one run at a time: its pictures are replaced
+            when a run has other scans or another window.
         kwargs: Further arguments of anomalib's ``Folder``: batch sizes, workers, augmentations and splits.
 
     Attributes:
@@ -82,7 +88,8 @@ class Scans(Folder):
         given = {"normal": normal_dir, "abnormal": abnormal_dir, "normal_test": normal_test_dir, "mask": mask_dir}
         self.folders = {kind: Path(root or ".", folder).expanduser() for kind, folder in given.items() if folder}
         self.window = checked_window(window)
-        self.pictures = Path(pictures or Path("datasets", f"{name}_8bit")).expanduser()
+        own = Path("datasets", f"{name}_8bit", _digest(self.folders, self.window))
+        self.pictures = Path(pictures or own).expanduser()
         super().__init__(
             name,
             normal_dir="normal",
@@ -135,7 +142,7 @@ class PredictScans(PredictDataset):
     Args:
         path: A scan, or a folder of scans.
         window: See :class:`Scans`.
-        pictures: Folder of the pictures; what else it holds of an earlier prediction is replaced.
+        pictures: Folder of the pictures, see :class:`Scans`; by default one below ``./results/pictures``.
         transform: Anomalib's transform of images.
 
     Raises:
@@ -147,12 +154,19 @@ class PredictScans(PredictDataset):
         self,
         path: str | Path,
         window: Sequence[Bound] | None = None,
-        pictures: str | Path = "results/pictures",
+        pictures: str | Path | None = None,
         transform: Transform | None = None,
     ) -> None:
-        target = Path(pictures).expanduser()
-        convert({"scans": Path(path).expanduser()}, target, checked_window(window))
+        sources, bounds = {"scans": Path(path).expanduser()}, checked_window(window)
+        target = Path(pictures or Path("results", "pictures", _digest(sources, bounds))).expanduser()
+        convert(sources, target, bounds)
         super().__init__(target / "scans", transform)
+
+
+def _digest(sources: Mapping[str, Path], window: Window | None) -> str:
+    """Return a name for the pictures of scans in a window."""
+    asked = [window, {kind: str(folder.resolve()) for kind, folder in sources.items()}]
+    return hashlib.sha256(json.dumps(asked).encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 
 def convert(sources: Mapping[str, Path], target: Path, window: Window | None) -> None:
@@ -167,25 +181,30 @@ def convert(sources: Mapping[str, Path], target: Path, window: Window | None) ->
     Raises:
         FileNotFoundError: A folder does not exist or holds no scan.
         FileExistsError: The target holds other things.
-        ValueError: A scan cannot be read or has no window, or masks do not match.
+        ValueError: A scan cannot be read or has no window, masks do not match, or a folder is inside another.
     """
+    target = target.resolve()  # it may be a link to another disk
+    _check_apart({**sources, "pictures": target})
     files = {kind: _scans_in(folder) for kind, folder in sources.items()}
-    record = {"window": window, "files": {kind: _states(paths) for kind, paths in files.items()}}
-    record = json.loads(json.dumps(record))  # as it is read
+    asked = {"window": window, "files": {kind: _states(paths) for kind, paths in files.items()}}
+    asked = json.loads(json.dumps(asked))  # as it is read
     target.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (target.with_name(f".{target.name}.{state}") for state in ("partial", "old"))
     with FileLock(target.with_name(f".{target.name}.lock")):
         for left in (partial, old):  # by a run that was killed
             shutil.rmtree(left, ignore_errors=True)
-        if (target / RECORD).is_file():
-            if _read_record(target) == record:
-                return
-        elif target.exists() and any(target.iterdir()):
-            msg = f"pictures={str(target)!r} holds other files. Name a new folder for the pictures."
+        record = _read_record(target)
+        there = _pictures_in(target)
+        is_free = record or not (target / RECORD).exists()
+        if target.exists() and not (target.is_dir() and is_free and set(there) <= set(record.get("pictures", []))):
+            msg = f"pictures={str(target)!r} holds other files, or is one. Name a new folder for the pictures."
             raise FileExistsError(msg)
+        if record and record == {**asked, "made_by": MADE_BY, "pictures": there}:
+            return
         try:
             with room_for(target):
                 _convert(files, sources, partial, window)
+                record = {**asked, "made_by": MADE_BY, "pictures": _pictures_in(partial)}
                 (partial / RECORD).write_text(json.dumps(record), "utf-8")
             if target.exists():  # not removed where it is: a kill would leave part of it, with or without the record
                 target.replace(old)
@@ -195,11 +214,45 @@ def convert(sources: Mapping[str, Path], target: Path, window: Window | None) ->
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _read_record(target: Path) -> Any:  # noqa: ANN401  # whatever a file holds
+def _check_apart(folders: Mapping[str, Path]) -> None:
+    """Raise ValueError for a folder that is, or is inside, another: its images would have two labels."""
+    for kind, folder in folders.items():
+        for other, outer in folders.items():
+            if kind != other and folder.resolve().is_relative_to(outer.resolve()):
+                msg = (
+                    f"The folder of {kind} ({folder}) is, or is inside, that of {other} ({outer}). Give each a folder "
+                    "of its own."
+                )
+                raise ValueError(msg)
+
+
+def _read_record(target: Path) -> dict[str, Any]:
+    """Return our record of the pictures in a folder, empty if it is none."""
     try:
-        return json.loads((target / RECORD).read_text("utf-8"))
-    except ValueError:
-        return None
+        record = json.loads((target / RECORD).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and record.get("made_by") == MADE_BY else {}
+
+
+def _pictures_in(target: Path) -> list[str]:
+    """Return the places of all files in a folder but the record."""
+    if not target.is_dir():
+        return []
+    return sorted(str(path.relative_to(target)) for path in _files_below(target) if path != target / RECORD)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Return the files in a folder that are not hidden, at any depth, also behind links."""
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        state = os.stat(parent)  # noqa: PTH116
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if (key := (state.st_dev, state.st_ino)) in seen:  # links may lead around in a circle
+            folders.clear()
+            continue
+        seen.add(key)
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
 
 
 def _scans_in(folder: Path) -> list[Path]:
@@ -209,8 +262,10 @@ def _scans_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         msg = f"{folder} does not exist. Give the folder of the scans."
         raise FileNotFoundError(msg)
-    visible = (path for path in sorted(folder.rglob("*")) if not _is_hidden(path.relative_to(folder)))
-    files = [path for path in visible if not path.is_dir()]
+    files = sorted(_files_below(folder))
+    if odd := [path for path in files if path.exists() and not path.is_file()]:
+        msg = f"{odd[0]} is no file. Take it out of the data set."
+        raise ValueError(msg)
     found = [path for path in files if is_scan(path)]
     if not found:
         msg = f"{folder} holds no scan: no DICOM, NIfTI, PNG, TIFF or JPEG file. Give the folder of the scans."
@@ -219,10 +274,6 @@ def _scans_in(folder: Path) -> list[Path]:
     if left := [path.name for path in files if path not in known]:
         logger.warning("%s: %d files are no scans by their names and left out: %s.", folder, len(left), left[:5])
     return found
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _states(paths: list[Path]) -> list[tuple[str, int, int]]:
@@ -252,6 +303,8 @@ def _convert(
     masks = named.pop("mask", None)
     if masks is not None:
         _check_names(named.get("abnormal", {}), masks, sources["mask"])
+    marked: set[Path] = set()
+    unmarked: dict[Path, Path] = {}
     for kind, paths in named.items():
         for name, path in track(paths.items(), f"Converting {kind} scans", transient=True):
             scan = read_scan(path)
@@ -262,15 +315,29 @@ def _convert(
             elif kind == "abnormal" and len(images) > 1:
                 msg = f"{path} has {len(images)} slices, and only a mask tells which are abnormal. Give mask_dir."
                 raise ValueError(msg)
+            is_part = len(images) > 1 or name.parent != Path()  # of a volume, or of a series in a folder of its own
+            if marks is not None and marks.any():
+                marked.add(_group(name, images))
+            elif marks is not None:
+                unmarked[_group(name, images)] = path
             for index, image in enumerate(images):
                 file = Path(f"{name}_slice{index:03d}.png" if len(images) > 1 else f"{name}.png")
                 if marks is None:
                     _save(image, target / kind / file)
-                elif len(images) > 1 and not marks[index].any():
+                elif is_part and not marks[index].any():
                     _save(image, target / "normal_test" / kind / file)
                 else:
                     _save(image, target / kind / file)
                     _save(Image.fromarray(marks[index].astype(np.uint8) * 255), target / "mask" / file)
+    for group, path in unmarked.items():
+        if group not in marked:
+            msg = f"The mask of {path} marks nothing, and it is in the folder of abnormal scans. Correct one of them."
+            raise ValueError(msg)
+
+
+def _group(name: Path, images: Sequence[Image.Image]) -> Path:
+    """Return what a scan is a part of: a file of one slice, of the folder that it is in, if any."""
+    return name if len(images) > 1 or name.parent == Path() else name.parent
 
 
 def _check_names(scans: Mapping[Path, Path], masks: Mapping[Path, Path], folder: Path) -> None:
@@ -285,12 +352,18 @@ def _check_names(scans: Mapping[Path, Path], masks: Mapping[Path, Path], folder:
 
 def _marks(path: Path, scan: Scan, scan_path: Path) -> np.ndarray:
     """Return where a mask marks a scan ``(N, H, W)``."""
-    mask = read_scan(path)
-    if mask.is_8_bit and path.suffix.lower() in PILLOW_SUFFIXES:
+    mask = read_scan(path, as_mask=True)
+    if mask.is_8_bit and path.suffix.lower() in PILLOW_SUFFIXES and len(mask.slices) == 1:
         height, width = scan.slices.shape[1:3]
         marks = np.asarray(read_mask(path, (width, height)))[None] > MASK_THRESHOLD
     else:
-        marks = mask.slices > 0
+        is_picture = mask.is_8_bit and path.suffix.lower() in PILLOW_SUFFIXES
+        marks = np.greater(mask.slices, MASK_THRESHOLD if is_picture else 0)
+        if is_picture:
+            marks = np.any(marks, axis=-1)
+    if marks.ndim > 3:
+        msg = f"Mask {path} has colours; grey values are expected."
+        raise ValueError(msg)
     if marks.shape != scan.slices.shape[:3] or mask.orientation != scan.orientation:
         own, other = ((*one.shape[:3], at) for one, at in ((marks, mask.orientation), (scan.slices, scan.orientation)))
         msg = (
@@ -298,12 +371,18 @@ def _marks(path: Path, scan: Scan, scan_path: Path) -> np.ndarray:
             "agree."
         )
         raise ValueError(msg)
-    if len(marks) > 1 and not marks.any():
-        msg = f"Mask {path} marks nothing, and its scan is in the folder of abnormal ones. Correct one of them."
+    if mask.grid is not None and scan.grid is not None and not np.allclose(mask.grid, scan.grid, rtol=1e-3, atol=0.1):
+        msg = (
+            f"Mask {path} and its scan {scan_path} are not on the same grid: their affines are {mask.grid.tolist()} "
+            f"and {scan.grid.tolist()}. Resample the mask."
+        )
         raise ValueError(msg)
     return marks
 
 
 def _save(image: Image.Image, path: Path) -> None:
+    if path.exists():
+        msg = f"Two scans have the picture {path.name}: one file is named like a slice of another. Rename it."
+        raise ValueError(msg)
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)

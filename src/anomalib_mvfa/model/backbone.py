@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from .linear import linear
-from .weight_files import RANDOM_SEED, State, checked_download, fingerprint, first_line, load_state, read_state
+from .weight_files import FLOATS, RANDOM_SEED, State, checked_download, fingerprint, first_line, load_state, read_state
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -257,6 +257,7 @@ def _read_file(path: Path) -> State:
 
 
 def _load(clip: nn.Module, state: State, backbone: str, pretrained: str | None) -> None:
+    state = {key: value.float() if value.dtype in FLOATS else value for key, value in state.items()}  # to be resized
     with suppress(RuntimeError, AssertionError):  # positions of no square grid, or of another width
         resize_pos_embed(state, clip)
         resize_text_pos_embed(state, clip)

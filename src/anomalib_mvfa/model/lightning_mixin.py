@@ -519,6 +519,7 @@ class LightningMixin(_Host):
             "bank_is_fresh": self._bank_is_fresh,
             "thresholds_are_set": self._thresholds_are_set,
             "backbone_fingerprint": self.model.backbone.fingerprint,
+            "levels": list(self.model.levels),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -538,6 +539,11 @@ class LightningMixin(_Host):
                 f"{saved['backbone_fingerprint']}, those of backbone={self.hparams['backbone']!r}, "
                 f"pretrained={self.hparams['pretrained']!r} have {self.model.backbone.fingerprint}. Give the same "
                 "backbone and weights, for instance load_from_checkpoint(..., pretrained='path of the weight file')."
+            )
+            raise RuntimeError(msg)
+        if saved.get("levels", levels := list(self.model.levels)) != levels:
+            msg = (
+                f"The checkpoint was made with levels={saved['levels']}, and levels={levels} are in use. Give the same."
             )
             raise RuntimeError(msg)
         super().on_load_checkpoint(checkpoint)

@@ -17,6 +17,8 @@ RANDOM_SEED = 0
 SAMPLES = 64
 """Values of a parameter that make up its part of a fingerprint."""
 
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
 State = dict[str, torch.Tensor]
 
 
@@ -30,7 +32,7 @@ def read_state(path: Path) -> State:
         ValueError: It cannot be read, or holds something else.
     """
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file
 
             state: Any = load_file(path)
@@ -49,7 +51,7 @@ def read_state(path: Path) -> State:
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         msg = f"pretrained={str(path)!r} holds no state dict: a mapping from parameter names to tensors is expected."
         raise ValueError(msg)
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    return {str(key).removeprefix("module."): value for key, value in state.items()}
 
 
 def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], backbone: str, pretrained: str | None) -> None:
@@ -74,10 +76,34 @@ def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], backbone: 
             f"{misshaped[:3]}. Name the backbone that the file was made for."
         )
         raise ValueError(msg)
-    if spoilt := [key for key, value in state.items() if not torch.isfinite(value).all()]:
-        msg = f"The weights {pretrained!r} have values that are not finite, in {spoilt[:3]}. The file is spoilt."
+    network.load_state_dict(checked_values(state, expected, f"The weights {pretrained!r}"))
+
+
+def checked_values(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], name: str) -> State:
+    """Return weights in the number formats that are expected.
+
+    Args:
+        state: The weights.
+        expected: Weights of the same names.
+        name: What errors call the weights.
+
+    Raises:
+        ValueError: Values are of another kind, such as the whole numbers of a quantised file, or not finite.
+    """
+    for key, value in state.items():
+        kind = str(value.dtype).removeprefix("torch.")
+        plain = value.layout == torch.strided and value.device.type != "meta"
+        if not plain or (expected[key].is_floating_point() and value.dtype not in FLOATS):
+            msg = (
+                f"{name} have values of {kind}{'' if plain else ', not all of them stored,'} in {key}; float16, "
+                "bfloat16, float32 or float64 is expected. Give the file that is not quantised or compressed."
+            )
+            raise ValueError(msg)
+    cast = {key: value.to(expected[key].dtype) for key, value in state.items()}
+    if spoilt := [key for key, value in cast.items() if not torch.isfinite(value).all()]:
+        msg = f"{name} have values that are not finite, in {spoilt[:3]}. The file is spoilt."
         raise ValueError(msg)
-    network.load_state_dict(state)
+    return cast
 
 
 @torch.no_grad()
