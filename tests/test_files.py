@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from anomalib_mvfa.files import room_for, save_whole, written_whole
+from anomalib_mvfa.files import read_arrays, room_for, save_whole, written_whole
 
 
 def test_what_is_written_takes_the_files_place(tmp_path):
@@ -73,3 +74,12 @@ def test_other_errors_are_as_they_are(tmp_path, error):
     with pytest.raises(type(error)) as raised, room_for(tmp_path):
         raise error
     assert raised.value is error
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"no archive"])
+def test_spoilt_arrays_are_named(tmp_path, content):
+    np.savez(tmp_path / "whole.npz", a=[1, 2])
+    assert read_arrays(tmp_path / "whole.npz")["a"].tolist() == [1, 2]
+    (tmp_path / "scores.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"/scores\.npz cannot be read; it may be cut short\. Remove its folder"):
+        read_arrays(tmp_path / "scores.npz")

@@ -134,7 +134,7 @@ def test_archive_of_med_clip(evil, tmp_path):
 @pytest.mark.parametrize("kind", [Scores, Pictures, Features])
 def test_results_of_others(evil, tmp_path, kind):
     np.savez(tmp_path / "saved.npz", paths=np.array([evil], dtype=object), labels=np.array([evil], dtype=object))
-    with pytest.raises(ValueError, match="allow_pickle=False"):
+    with pytest.raises(ValueError, match=r"saved\.npz cannot be read"):
         kind.load(tmp_path / "saved.npz")
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
@@ -35,6 +36,23 @@ def written_whole(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read the arrays of an ``.npz`` file of ours.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is none.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return dict(saved)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever NumPy and zipfile raise on a broken file
+        msg = f"{path} cannot be read; it may be cut short. Remove its folder, and run again what wrote it."
+        raise ValueError(msg) from error
 
 
 def save_whole(content: Any, path: Path) -> None:  # noqa: ANN401  # whatever torch saves

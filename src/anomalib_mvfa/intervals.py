@@ -14,6 +14,7 @@ from anomalib.data import ImageBatch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from .data.support import group_of
+from .files import read_arrays
 
 PIXEL_BINS = 1024
 """Of scores, for the interval of pixel AUROC; the figure itself is counted in finer bins. Half of the edges are evenly
@@ -49,9 +50,9 @@ class Scores:
     @classmethod
     def load(cls, path: Path) -> "Scores":
         """Read what :meth:`save` wrote."""
-        with np.load(path, allow_pickle=False) as saved:
-            pixels = list(saved["pixels"]) if "pixels" in saved else []
-            return cls(saved["paths"].tolist(), saved["labels"].tolist(), saved["values"].tolist(), pixels)
+        saved = read_arrays(path)
+        pixels = list(saved.get("pixels", []))
+        return cls(saved["paths"].tolist(), saved["labels"].tolist(), saved["values"].tolist(), pixels)
 
 
 class ScoreRecorder(Callback):

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import room_for
+from ..files import read_arrays, room_for
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Pictures:
     @classmethod
     def load(cls, path: Path) -> "Pictures":
         """Read what :meth:`save` wrote."""
-        saved = _load(path)
+        saved: dict[str, Any] = dict(read_arrays(path))
         for name in ("paths", "labels", "levels"):
             saved[name] = saved[name].tolist()
         return cls(**{"masks": None, **saved})
@@ -137,17 +137,12 @@ class Features:
     @classmethod
     def load(cls, path: Path) -> "Features":
         """Read what :meth:`save` wrote."""
-        return cls(**_load(path))
+        return cls(**read_arrays(path))
 
 
 def _save(path: Path, arrays: dict[str, Any]) -> None:
     kept: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
     np.savez_compressed(path, **kept)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as saved:
-        return dict(saved)
 
 
 def job_folder(run: Path, job: str) -> Path:

@@ -435,7 +435,8 @@ class MvfaModel(nn.Module):
         if image.shape[-2] != self.image_size or image.shape[-1] != self.image_size:
             msg = (
                 f"Images of {image.shape[-2]}x{image.shape[-1]} pixels reached a model of "
-                f"image_size={self.image_size}. Leave pre_processor at its default, or let it resize to image_size."
+                f"image_size={self.image_size}. Give that of the checkpoint, if one was loaded; else leave "
+                "pre_processor at its default, or let it resize to image_size."
             )
             raise ValueError(msg)
         image = image.clamp(0, 1)
