@@ -541,7 +541,8 @@ class LightningMixin(_Host):
                 "backbone and weights, for instance load_from_checkpoint(..., pretrained='path of the weight file')."
             )
             raise RuntimeError(msg)
-        if saved.get("levels", levels := list(self.model.levels)) != levels:
+        levels = list(self.model.levels)
+        if "levels" not in self._bank_arguments and saved.get("levels", levels) != levels:  # adapters are of levels
             msg = (
                 f"The checkpoint was made with levels={saved['levels']}, and levels={levels} are in use. Give the same."
             )
