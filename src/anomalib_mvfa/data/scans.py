@@ -121,7 +121,8 @@ class Scans(Folder):
         if not (self.test_data.samples.label_index == LabelName.NORMAL).any():
             msg = (
                 f"{self.name} has no normal image to test on: test_split_ratio={self.test_split_ratio} of its normal "
-                "scans is less than one. Give normal_test_dir, or more normal scans."
+                "scans is less than one (files of one slice in a folder of their own count as one). Give "
+                "normal_test_dir, or more normal scans."
             )
             raise ValueError(msg)
 
