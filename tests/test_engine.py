@@ -117,7 +117,7 @@ def test_compiled_model_equals_eager_at_any_batch_without_recompiling(mini_clip)
 
 
 DISTRIBUTED = """
-import sys, torch
+import os, sys, torch
 from anomalib.engine import Engine
 from anomalib_mvfa import BMADFewShot, Mvfa
 
@@ -131,7 +131,8 @@ odd = data.test_data
 odd.samples = odd.samples.iloc[:-1]
 data._is_setup = True
 strategy = {"strategy": "ddp"} if processes > 1 else {}
-engine = Engine(default_root_dir=out + "-runs", accelerator="cpu", devices=processes, logger=False,
+runs = f"{out}-runs-{os.environ.get('RANK')}"  # anomalib numbers these in every process, which race
+engine = Engine(default_root_dir=runs, accelerator="cpu", devices=processes, logger=False,
                 enable_progress_bar=False, enable_model_summary=False, **strategy)
 engine.fit(model, datamodule=data)
 figures = engine.test(model, datamodule=data, verbose=False)[0]

@@ -40,7 +40,7 @@ def test_exports_give_the_same_scores(kind, tiny_config, few_shot, engine, tmp_p
 
 
 DISTRIBUTED = """
-import sys, torch
+import os, sys, torch
 from anomalib.engine import Engine
 from anomalib_mvfa import AprilGan, BMADFewShot, Clip, Mvfa, Phantom
 
@@ -59,7 +59,8 @@ for name, kind, data in (
     ("mvfa of normal images", Mvfa, phantom()),
 ):
     model = kind(config, None, **options, **({} if kind is Clip else {"max_epochs": 1}))
-    engine = Engine(default_root_dir=f"{out}-{name}", accelerator="cpu", devices=processes, logger=False,
+    runs = f"{out}-{name}-{os.environ.get('RANK')}"  # anomalib numbers these in every process, which race
+    engine = Engine(default_root_dir=runs, accelerator="cpu", devices=processes, logger=False,
                     enable_progress_bar=False, enable_model_summary=False, **strategy)
     engine.fit(model, datamodule=data)
     figures = engine.test(model, datamodule=data, verbose=False)[0]
