@@ -101,6 +101,7 @@ def _attach_pending() -> None:
         hosts = _pending[:]
         del _pending[: len(hosts)]
         try:
+            # After one failure no more is tried: each would fail alike, and warn again.
             if not all(map(_attach, hosts)) and _FINDER in sys.meta_path:
                 sys.meta_path.remove(_FINDER)
         finally:

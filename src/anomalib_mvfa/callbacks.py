@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 
 from .contract import dataset_of
 from .memory import ADVICE, is_out_of_memory
@@ -40,12 +39,15 @@ class Provenance(Callback):
         del trainer, pl_module
         self._of_fit = checkpoint.get("provenance")
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the data, once and not at every checkpoint."""
+        del pl_module
+        train_set = fingerprint(dataset_of(trainer, "train"))
+        self._of_fit = {"commit": commit(), "versions": versions(), "train_set": train_set}
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add it."""
-        del pl_module
-        if trainer.state.fn == TrainerFn.FITTING:
-            train_set = fingerprint(dataset_of(trainer, "train"))
-            self._of_fit = {"commit": commit(), "versions": versions(), "train_set": train_set}
+        del trainer, pl_module
         checkpoint["provenance"] = self._of_fit
 
 

@@ -38,7 +38,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path) -> dict[str, Any]:
     """Read the arrays of an ``.npz`` file of ours.
 
     Raises:

@@ -175,7 +175,7 @@ MISTAKES = {
     ),
     "key of a model": (
         {"methods": {"A": {"protocol": "few_shot", "model": {"class_path": "Padim", "init_arg": {}}}}},
-        r"methods\.A\.model has \['init_arg'\], to choose from are: class_path, init_args",
+        r"methods\.A\.model names \['init_arg'\], to choose from are: class_path, init_args",
     ),
     "trainer": (
         {"methods": {"A": {"protocol": "few_shot", "model": {"class_path": "Padim"}, "trainer": {"devices": 2}}}},

@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -219,7 +220,7 @@ class Memory:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-class _Chosen(Callback):
+class _Chosen(Callback, ABC):
     """Does something with some test images, the same ones for every method.
 
     Args:
@@ -256,9 +257,9 @@ class _Chosen(Callback):
             with torch.no_grad():
                 self.look(pl_module.model, batch, rows)
 
+    @abstractmethod
     def look(self, model: Any, batch: ImageBatch, rows: list[int]) -> None:  # noqa: ANN401  # any torch model
         """Do it to these rows of a batch."""
-        raise NotImplementedError
 
 
 class PictureRecorder(_Chosen):

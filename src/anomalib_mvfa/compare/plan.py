@@ -29,6 +29,8 @@ SET_BY_JOB = {
     "trainer": ("accelerator", "devices", "num_nodes", "strategy", "logger", "callbacks", "default_root_dir"),
 }
 """Arguments that a method does not have a say in: the comparison sets them."""
+MAPPING = {"class_path", "init_args"}
+"""Keys of anomalib's mapping of a class."""
 Built = TypeVar("Built")
 LONGEST = 200
 """Bytes of a folder's name; disks take 255."""
@@ -69,7 +71,7 @@ class Method:
         if not isinstance(self.model.get("class_path"), str):
             msg = f"{where}model={self.model!r} must be a mapping with class_path and init_args."
             raise ValueError(msg)  # noqa: TRY004  # the file's value is at fault
-        _check_keys(f"{where}model", self.model)
+        _check_names(f"{where}model", self.model, MAPPING)
         if self.categories == []:
             msg = f"{where}categories=[] must be a list with at least one category."
             raise ValueError(msg)
@@ -77,10 +79,7 @@ class Method:
         accepted = {"data": {*signature(protocol).parameters, *signature(_Protocol).parameters}}
         accepted["trainer"] = set(signature(Trainer).parameters)
         for name, names in accepted.items():
-            accepted_here = sorted(names - set(SET_BY_JOB[name]))
-            if unknown := sorted(set(getattr(self, name)) - set(accepted_here)):
-                msg = f"{where}{name} names {unknown}, to choose from are: {', '.join(accepted_here)}."
-                raise ValueError(msg)
+            _check_names(f"{where}{name}", getattr(self, name), names - set(SET_BY_JOB[name]))
 
 
 @dataclass
@@ -328,9 +327,9 @@ class Job:
         return FewShot(source, abnormal_shots=0, **split, **{"train_batch_size": self.split_shots, **arguments})
 
 
-def _check_keys(where: str, mapping: Mapping[str, Any]) -> None:
-    if unknown := sorted(map(str, set(mapping) - {"class_path", "init_args"})):
-        msg = f"{where} has {unknown}, to choose from are: class_path, init_args."
+def _check_names(where: str, mapping: Mapping[str, Any], accepted: set[str]) -> None:
+    if unknown := sorted(map(str, set(mapping) - accepted)):
+        msg = f"{where} names {unknown}, to choose from are: {', '.join(sorted(accepted))}."
         raise ValueError(msg)
 
 
@@ -344,7 +343,7 @@ def _datamodule(mapping: Mapping[str, Any]) -> AnomalibDataModule:
     if not isinstance(mapping.get("class_path"), str) or not isinstance(arguments, Mapping):
         msg = f"data={dict(mapping)!r} must be a mapping with class_path and init_args, or a list of such."
         raise ValueError(msg)  # noqa: TRY004  # the file's value is at fault
-    _check_keys("data", mapping)
+    _check_names("data", mapping, MAPPING)
     try:
         return get_datamodule(dict(mapping))
     except UnknownDatamoduleError as error:

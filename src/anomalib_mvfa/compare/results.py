@@ -110,7 +110,7 @@ class Pictures:
     @classmethod
     def load(cls, path: Path) -> "Pictures":
         """Read what :meth:`save` wrote."""
-        saved: dict[str, Any] = dict(read_arrays(path))
+        saved = read_arrays(path)
         for name in ("paths", "labels", "levels"):
             saved[name] = saved[name].tolist()
         return cls(**{"masks": None, **saved})

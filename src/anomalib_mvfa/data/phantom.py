@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..files import room_for
-from .bmad import BMADOneClass
+from .bmad import KINDS, BMADOneClass
 
 Field: TypeAlias = NDArray[np.float64]
 Mask: TypeAlias = NDArray[np.bool_]
 Knot: TypeAlias = tuple[float, float, float]  # x, y and radius
 
 _SPLITS = ("train", "valid", "test")
-_KINDS = ("good", "Ungood")
 
 
 def _step(distance: Field, width: float) -> Field:
@@ -179,10 +178,10 @@ def draw_slice(rng: np.random.Generator, size: int, lesions: int) -> tuple[NDArr
 
 def _write_split(folder: Path, rng_key: tuple[int, int], size: int, normal: int, abnormal: int) -> None:
     """Write the normal and abnormal images of one split, and the masks of the latter."""
-    for kind, count in enumerate((normal, abnormal)):
+    for kind, (name, count) in enumerate(zip(KINDS, (normal, abnormal), strict=True)):
         if not count:
             continue
-        images, masks = folder / _KINDS[kind] / "img", folder / _KINDS[kind] / "label"
+        images, masks = folder / name / "img", folder / name / "label"
         images.mkdir(parents=True)
         if kind:
             masks.mkdir()

@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -187,25 +188,24 @@ def convert(sources: Mapping[str, Path], target: Path, window: Window | None) ->
     target = target.resolve()  # it may be a link to another disk
     _check_apart({**sources, "pictures": target})
     files = {kind: _scans_in(folder) for kind, folder in sources.items()}
-    asked = {"window": window, "files": {kind: _states(paths) for kind, paths in files.items()}}
+    asked = {"made_by": MADE_BY, "window": window, "files": {kind: _states(paths) for kind, paths in files.items()}}
     asked = json.loads(json.dumps(asked))  # as it is read
     target.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (target.with_name(f".{target.name}.{state}") for state in ("partial", "old"))
     with FileLock(target.with_name(f".{target.name}.lock")):
         for left in (partial, old):  # by a run that was killed
             shutil.rmtree(left, ignore_errors=True)
-        record = _read_record(target)
-        there = _pictures_in(target)
-        is_free = record or not (target / RECORD).exists()
-        if target.exists() and not (target.is_dir() and is_free and set(there) <= set(record.get("pictures", []))):
+        record, there = _read_record(target), _names_in(target)
+        ours = {RECORD, *record["pictures"]} if record else set()
+        if target.is_file() or set(there) - ours:
             msg = f"pictures={str(target)!r} holds other files, or is one. Name a new folder for the pictures."
             raise FileExistsError(msg)
-        if record and record == {**asked, "made_by": MADE_BY, "pictures": there}:
+        if record == {**asked, "pictures": [name for name in there if name != RECORD]}:
             return
         try:
             with room_for(target):
                 _convert(files, sources, partial, window)
-                record = {**asked, "made_by": MADE_BY, "pictures": _pictures_in(partial)}
+                record = {**asked, "pictures": _names_in(partial)}
                 (partial / RECORD).write_text(json.dumps(record), "utf-8")
             if target.exists():  # not removed where it is: a kill would leave part of it, with or without the record
                 target.replace(old)
@@ -217,14 +217,13 @@ def convert(sources: Mapping[str, Path], target: Path, window: Window | None) ->
 
 def _check_apart(folders: Mapping[str, Path]) -> None:
     """Raise ValueError for a folder that is, or is inside, another: its images would have two labels."""
-    for kind, folder in folders.items():
-        for other, outer in folders.items():
-            if kind != other and folder.resolve().is_relative_to(outer.resolve()):
-                msg = (
-                    f"The folder of {kind} ({folder}) is, or is inside, that of {other} ({outer}). Give each a folder "
-                    "of its own."
-                )
-                raise ValueError(msg)
+    for (kind, folder), (other, outer) in permutations(folders.items(), 2):
+        if folder.resolve().is_relative_to(outer.resolve()):
+            msg = (
+                f"The folder of {kind} ({folder}) is, or is inside, that of {other} ({outer}). Give each a folder of "
+                "its own."
+            )
+            raise ValueError(msg)
 
 
 def _read_record(target: Path) -> dict[str, Any]:
@@ -236,11 +235,9 @@ def _read_record(target: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) and record.get("made_by") == MADE_BY else {}
 
 
-def _pictures_in(target: Path) -> list[str]:
-    """Return the places of all files in a folder but the record."""
-    if not target.is_dir():
-        return []
-    return sorted(str(path.relative_to(target)) for path in _files_below(target) if path != target / RECORD)
+def _names_in(folder: Path) -> list[str]:
+    """Return the places of all files in a folder, of which there are none if it is none."""
+    return sorted(str(path.relative_to(folder)) for path in _files_below(folder))
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
@@ -317,10 +314,11 @@ def _convert(
                 msg = f"{path} has {len(images)} slices, and only a mask tells which are abnormal. Give mask_dir."
                 raise ValueError(msg)
             is_part = len(images) > 1 or name.parent != Path()  # of a volume, or of a series in a folder of its own
+            group = name.parent if is_part and len(images) == 1 else name
             if marks is not None and marks.any():
-                marked.add(_group(name, images))
+                marked.add(group)
             elif marks is not None:
-                unmarked[_group(name, images)] = path
+                unmarked[group] = path
             for index, image in enumerate(images):
                 file = Path(f"{name}_slice{index:03d}.png" if len(images) > 1 else f"{name}.png")
                 if marks is None:
@@ -336,11 +334,6 @@ def _convert(
             raise ValueError(msg)
 
 
-def _group(name: Path, images: Sequence[Image.Image]) -> Path:
-    """Return what a scan is a part of: a file of one slice, of the folder that it is in, if any."""
-    return name if len(images) > 1 or name.parent == Path() else name.parent
-
-
 def _check_names(scans: Mapping[Path, Path], masks: Mapping[Path, Path], folder: Path) -> None:
     missing, spare = sorted(map(str, set(scans) - set(masks))), sorted(map(str, set(masks) - set(scans)))
     if missing or spare:
@@ -354,14 +347,14 @@ def _check_names(scans: Mapping[Path, Path], masks: Mapping[Path, Path], folder:
 def _marks(path: Path, scan: Scan, scan_path: Path) -> np.ndarray:
     """Return where a mask marks a scan ``(N, H, W)``."""
     mask = read_scan(path, as_mask=True)
-    if mask.is_8_bit and path.suffix.lower() in PILLOW_SUFFIXES and len(mask.slices) == 1:
+    is_picture = mask.is_8_bit and path.suffix.lower() in PILLOW_SUFFIXES
+    if is_picture and len(mask.slices) == 1:
         height, width = scan.slices.shape[1:3]
         marks = np.asarray(read_mask(path, (width, height)))[None] > MASK_THRESHOLD
+    elif is_picture:
+        marks = np.any(mask.slices > MASK_THRESHOLD, axis=-1)  # of pages, which are read as colours
     else:
-        is_picture = mask.is_8_bit and path.suffix.lower() in PILLOW_SUFFIXES
-        marks = np.greater(mask.slices, MASK_THRESHOLD if is_picture else 0)
-        if is_picture:
-            marks = np.any(marks, axis=-1)
+        marks = mask.slices > 0
     if marks.ndim > 3:
         msg = f"Mask {path} has colours; grey values are expected."
         raise ValueError(msg)
