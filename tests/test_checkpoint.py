@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from anomalib_mvfa.checkpoint import load_adapters, save_adapters
-from anomalib_mvfa.model.torch_model import MvfaModel
+from anomalib_mvfa.model.build import build_mvfa
 from recipe import TINY, adapter_weights
 
 BRANCHES = ("seg_adapters", "det_adapters")
@@ -50,7 +50,7 @@ def test_saved_adapters_come_back(tiny_model, tmp_path):
 
 
 def test_loading_keeps_what_learns(tiny_config, published, tmp_path):
-    model = MvfaModel(str(tiny_config), None, TINY.image_size, train_levels=[2])
+    model = build_mvfa(str(tiny_config), None, TINY.image_size, train_levels=[2])
     torch.save(published, tmp_path / "adapters.pth")
     load_adapters(model, tmp_path / "adapters.pth")
     learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -146,6 +146,6 @@ def test_adapters_of_another_model(untouched, published, tmp_path, how):
 
 def test_adapters_do_not_fit_projectors(tiny_config, published, tmp_path):
     torch.save(published, tmp_path / "adapters.pth")
-    model = MvfaModel(str(tiny_config), None, TINY.image_size, adaptation="projector")
+    model = build_mvfa(str(tiny_config), None, TINY.image_size, adaptation="projector")
     with pytest.raises(ValueError, match=r"0\.fc2\.0\.weight is .* missing in the model"):
         load_adapters(model, tmp_path / "adapters.pth")

@@ -25,6 +25,7 @@ from pandas import DataFrame
 from PIL import Image
 from torch.nn.functional import interpolate
 
+from .level_maps import level_maps
 from ..data.reading import read_image, read_mask
 from ..data.support import draw
 from ..evaluation import OrderKeepingPostProcessor, metrics
@@ -279,7 +280,7 @@ class PictureRecorder(_Chosen):
             self._maps.update(zip(paths, maps[:, 0], strict=True))
         if isinstance(model, MvfaModel):
             self._levels = model.scored_levels
-            level_maps = _small(model.level_maps(torch.as_tensor(batch.image)[rows]))
+            level_maps = _small(level_maps(model, torch.as_tensor(batch.image)[rows]))
             self._level_maps.update(zip(paths, level_maps, strict=True))
 
     def result(self, samples: DataFrame) -> Pictures | None:

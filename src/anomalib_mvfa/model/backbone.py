@@ -43,8 +43,11 @@ class ClipBackbone(nn.Module):
         depth: Number of blocks of the image tower.
         width: D.
         joint_width: E.
+        image_size: Height and width of its input in pixels.
         grid: G.
-        fingerprint: Of samples of the weights, whatever file they came from and whatever the image size.
+        mean: Mean of CLIP's images, per channel ``(3, 1, 1)``.
+        std: Their standard deviation.
+        fingerprint: Hash of samples of the weights, whatever file they came from and whatever the image size.
 
     Raises:
         ValueError: Unknown backbone, tag or image size, an image tower other than a plain vision transformer, or a
@@ -85,6 +88,7 @@ class ClipBackbone(nn.Module):
         self.depth = len(clip.visual.transformer.resblocks)
         self.width: int = clip.visual.class_embedding.shape[0]
         self.joint_width = config["embed_dim"]
+        self.image_size = image_size
         self.grid = image_size // patch_size
         self.fingerprint = _fingerprint(clip, quick_gelu)
         # open_clip 2.24 runs its blocks sequence-first, from 2.26 on batch-first.
@@ -96,6 +100,30 @@ class ClipBackbone(nn.Module):
         """Stay in eval mode, whatever the mode of the model around it."""
         del mode
         return super().train(False)
+
+    def streams(self, image: torch.Tensor, ends: Sequence[int]) -> list[torch.Tensor]:
+        """Run the image tower as it is.
+
+        Args:
+            image: Images ``(B, 3, H, W)``.
+            ends: Numbers of blocks (from 1), increasing.
+
+        Returns:
+            The stream ``(B, L, D)`` after each of these blocks.
+        """
+        streams = []
+        x, start = self.embed(image), 0  # (B, L, D)
+        for end in ends:
+            x = self.blocks(x, start, end)
+            start = end
+            streams.append(x)
+        return streams
+
+    def blocks(self, x: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        """Run blocks (from 1) after ``start`` up to ``end`` on tokens ``(B, L, D)``."""
+        for index in range(start, end):
+            x = self.block(index, x)
+        return x
 
     def embed(self, image: torch.Tensor) -> torch.Tensor:
         """Return the tokens ``(B, L, D)`` that enter the first block, of images ``(B, 3, H, W)``."""
