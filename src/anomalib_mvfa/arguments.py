@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from numbers import Integral
@@ -76,9 +76,7 @@ ARGUMENTS = {
     ),
     "train_levels": Argument("Levels (blocks) that have a loss and learn; all by default (paper, Table 5)."),
     "score_levels": Argument("Levels (blocks) that are scored; all by default."),
-    "pooling": Argument(
-        '"mean" (published) or "max" (paper) over patches in the image loss.', choices=("mean", "max")
-    ),
+    "pooling": Argument('"mean" (published) or "max" (paper) over patches in the image loss.', choices=("mean", "max")),
     "bce": Argument(
         '"logits" (published) or "plain" (paper) cross-entropy in the image loss.', choices=("logits", "plain")
     ),
@@ -136,20 +134,20 @@ def check_bounds(name: str, value: float, low: float, high: float | None = None)
         raise ValueError(msg)
 
 
-_Class = TypeVar("_Class", bound=type)
+_Documented = TypeVar("_Documented", bound=Callable)
 
 
-def documented(cls: _Class) -> _Class:
-    """Complete a class's docstring by the help of those arguments of its constructor that it does not describe."""
-    doc = inspect.cleandoc(cls.__doc__ or "")
-    names = inspect.signature(cls).parameters
+def documented(thing: _Documented) -> _Documented:
+    """Complete the docstring of a class or function by the help of shared arguments that it does not describe."""
+    doc = inspect.cleandoc(thing.__doc__ or "")
+    names = inspect.signature(thing.__init__ if isinstance(thing, type) else thing).parameters
     missing = [name for name in names if name in ARGUMENTS and f"\n    {name}: " not in doc]
     entries = "".join(f"    {name}: {ARGUMENTS[name].help}\n" for name in missing)
-    before, heading, after = doc.partition("\nRaises:\n")
+    before, heading, after = doc.partition("\nAttributes:\n" if "\nAttributes:\n" in doc else "\nRaises:\n")
     if "\nArgs:\n" not in before:
         before = f"{before.rstrip()}\n\nArgs:\n"
-    cls.__doc__ = f"{before.rstrip()}\n{entries}{heading}{after}"
-    return cls
+    thing.__doc__ = f"{before.rstrip()}\n{entries}{heading}{after}"
+    return thing
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401  # whatever an argument may be

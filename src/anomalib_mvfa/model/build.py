@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..arguments import check_arguments
+from ..arguments import check_arguments, documented
 from .adapters import BRANCHES, BranchAdapters
 from .backbone import ClipBackbone
 from .memory_bank import MemoryBank
@@ -12,7 +12,8 @@ from .prompts import Prompts
 from .torch_model import MvfaModel
 
 
-def build_mvfa(
+@documented
+def build_mvfa(  # noqa: D417  # `documented` adds the others
     backbone: str = "ViT-L-14-336",
     pretrained: str | None = "openai",
     image_size: int = 240,
@@ -30,25 +31,11 @@ def build_mvfa(
     seed: int = 0,
     prompts: Prompts | None = None,
 ) -> MvfaModel:
-    """Return a model with new adapters and an empty memory bank.
+    """Return MVFA's torch model with new adapters and an empty memory bank.
 
     Args:
-        backbone: See :class:`~anomalib_mvfa.model.backbone.ClipBackbone`, as for the next two and ``quick_gelu``.
-        pretrained: Tag, file, or None for random weights.
-        image_size: Height and width of images in pixels.
-        levels: Blocks (from 1) after which adapters sit; the quarter points by default.
-        residual_ratio: See :class:`~anomalib_mvfa.model.torch_model.MvfaModel`, as for all that is not named here.
-        quick_gelu: Whether the backbone has QuickGELU in place of GELU.
-        normalize: Whether images are normalised.
-        adaptation: "adapter", or "projector" (paper, Table 4): linear layers that leave the stream alone.
-        residual: "pair" or "single".
-        train_levels: Levels that learn.
-        score_levels: Levels that are scored.
-        pooling: "mean" or "max".
-        upsample: "logits" or "probabilities".
-        coreset: See :class:`~anomalib_mvfa.model.memory_bank.MemoryBank`.
-        seed: Seed of the adapters' initial weights and of the coreset.
-        prompts: States and templates of the text prompts.
+        backbone: Name of an open_clip model, or path of a model config.
+        prompts: States and templates of the text prompts; the published ones by default.
 
     Raises:
         ValueError: An argument has no such value, or weights do not fit.
@@ -58,9 +45,11 @@ def build_mvfa(
     check_arguments(locals())
     clip = ClipBackbone(backbone, pretrained, image_size, quick_gelu)
     levels = check_levels(levels, clip.depth)
+    seg_adapters, det_adapters = new_adapters(len(levels), clip, adaptation, seed)
     return MvfaModel(
         clip,
-        *new_adapters(len(levels), clip, adaptation, seed),
+        seg_adapters,
+        det_adapters,
         MemoryBank(coreset, seed),
         levels,
         train_levels=train_levels,
@@ -82,15 +71,7 @@ def new_adapters(levels: int, backbone: ClipBackbone, adaptation: str, seed: int
 
 
 def check_levels(levels: Sequence[int] | None, depth: int) -> list[int]:
-    """Return levels as a plain list, the quarter points of the backbone by default.
-
-    Args:
-        levels: Blocks (from 1).
-        depth: Number of blocks of the backbone.
-
-    Raises:
-        ValueError: They are not increasing, or not blocks of the backbone.
-    """
+    """Return levels as a plain list, the quarter points of the depth by default; ValueError for other than blocks."""
     if levels is None:
         return sorted({max(1, round(depth * quarter / 4)) for quarter in (1, 2, 3, 4)})
     checked = [int(level) for level in levels]

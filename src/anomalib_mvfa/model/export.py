@@ -1,7 +1,7 @@
 """Export of models: in the operator set that torch writes, without gradients, and never of one that cannot score."""
 
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 

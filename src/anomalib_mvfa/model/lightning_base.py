@@ -30,6 +30,7 @@ logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings 
 LIGHTNING_MAX_EPOCHS = 1000
 """What Lightning trains for when it is told nothing."""
 
+
 class AnomalibMixin(ExportMixin):  # no AnomalibModule itself: anomalib would list it as a model
     """Defaults that all models share; to be named before ``AnomalibModule``."""
 

@@ -30,8 +30,8 @@ from .torch_model import BranchScores, MvfaModel
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 
-class FusionMixin(AnomalibMixin):
-    """A model around :class:`~anomalib_mvfa.model.torch_model.MvfaModel`; to be named before ``AnomalibModule``.
+class CalibratedMixin(AnomalibMixin):
+    """A model around :class:`~anomalib_mvfa.model.torch_model.MvfaModel` that data complete: settings and calibration.
 
     Constructors call :meth:`_init_state`.
 
@@ -40,8 +40,6 @@ class FusionMixin(AnomalibMixin):
         state: What the model has learnt about data; saved with checkpoints.
     """
 
-    checkpoint_key: str
-    """Key of the state in a checkpoint."""
     model: MvfaModel
 
     def _init_state(self, model: MvfaModel, asked: Settings, seed: int, bank_images: int, max_epochs: int = 1) -> None:
@@ -63,14 +61,6 @@ class FusionMixin(AnomalibMixin):
         return self.state.settings or self.asked
 
     # ------------------------------------------------------------------ settings
-
-    def setup(self, stage: str) -> None:
-        """Choose what follows the data, and how long to train."""
-        self._facts = describe(self.datamodule, self.dataset("train"), self.dataset("test") or self.dataset("val"))
-        if stage == "fit" or self.state.settings is None:
-            self._begin()
-        if stage == "fit":
-            plan_epochs(self.trainer, self.max_epochs)
 
     def _begin(self) -> None:
         """Choose settings by the data at hand, and forget what came of other data."""
@@ -100,8 +90,7 @@ class FusionMixin(AnomalibMixin):
         elif self.settings.few_shot_weight == 0:
             # Learnt from other data in any case: only the prompts and the map are those of what is tested.
             of_data = Settings.for_data(self._facts)
-            target = {"class_name": of_data.class_name, "map_branch": of_data.map_branch}
-            self._apply_settings(replace(self.settings, **target))
+            self._apply_settings(replace(self.settings, class_name=of_data.class_name, map_branch=of_data.map_branch))
             self.state.data = self._facts.identity
         else:
             logger.warning(
@@ -112,82 +101,12 @@ class FusionMixin(AnomalibMixin):
                 self.settings.class_name,
             )
 
-    def _log_settings(self) -> None:
-        """Log what is in use, once a checkpoint has been read."""
-        settings = ", ".join(f"{name}={value}" for name, value in asdict(self.settings).items())
-        logger.info("%s settings: %s", type(self).__name__, settings)
-
-    # ------------------------------------------------------------------ a fit
-
-    def on_fit_start(self) -> None:
-        """Note that from here on, settings are those of a fit."""
-        self.state.is_fitted = True
-        self._log_settings()
-
-    def on_train_epoch_start(self) -> None:
-        """Forget the bank: a fit without training builds it anew as well."""
-        self._forget_calibration()
-
-    def on_train_epoch_end(self) -> None:
-        """After the last epoch, see that the checkpoint to be saved can score, whether or not there was validation."""
-        trainer = self.trainer
-        by_epochs = 0 < (trainer.max_epochs or 0) <= trainer.current_epoch + 1
-        by_steps = 0 < trainer.max_steps <= trainer.global_step
-        if by_epochs or by_steps or trainer.should_stop:
-            self._calibrate()
-
-    def on_train_end(self) -> None:
-        """See to the same where a callback has stopped training after the epoch's end."""
-        self._calibrate()
+    # ------------------------------------------------------------------ calibration
 
     def _forget_calibration(self) -> None:
         """Forget bank, value ranges and thresholds, which hold for the adapters as they were."""
         self.model.forget()
         reset_thresholds(self.post_processor)
-
-    # ------------------------------------------------------------------ evaluation
-
-    def on_validation_start(self) -> None:
-        """Build the bank from the adapters as they are now."""
-        self._prepare_to_score()
-
-    def validation_step(self, batch: ImageBatch, *args, **kwargs) -> STEP_OUTPUT:  # noqa: ANN002, ANN003
-        """Score a batch, with the class name of its data set."""
-        del args, kwargs
-        predictions = self.model(batch.image, self._text_features(class_name_of(batch)))
-        return batch.update(**predictions._asdict())
-
-    def on_validation_epoch_end(self) -> None:
-        """Take thresholds from the support where validation shows one label only."""
-        data = self.dataset("val")
-        shows_both = all(has_label(data, label) for label in (LabelName.NORMAL, LabelName.ABNORMAL))
-        self._set_thresholds_from_support(replace=not shows_both)
-
-    def on_test_start(self) -> None:
-        """Build the bank where no fit has, and take the ranges of the test set if so asked."""
-        by_test = self.settings.calibration == "test"
-        if by_test:
-            reset_thresholds(self.post_processor)  # they were found with other ranges
-        self._prepare_to_score()
-        if by_test:
-            self._calibrate_on_test()
-        self._set_thresholds_from_support()
-        self._log_settings()
-
-    def test_step(self, batch: ImageBatch, batch_idx: int, *args, **kwargs) -> STEP_OUTPUT:  # noqa: ANN002, ANN003
-        """Score a batch."""
-        dataloader_idx = kwargs.get("dataloader_idx", args[0] if args else 0)
-        scores = self._test_scores.pop((dataloader_idx, batch_idx), None)
-        predictions = self.model(batch.image) if scores is None else self.model.fuse(scores)
-        return batch.update(**predictions._asdict())
-
-    def on_predict_start(self) -> None:
-        """Refuse ranges of a test set, which a lone image does not have."""
-        self._refuse_test_ranges("predict")
-        self._calibrate()
-        self._log_settings()
-
-    # ------------------------------------------------------------------ calibration
 
     def _calibrate(self) -> None:
         """Compute all that scoring needs and that is not there."""
@@ -274,6 +193,91 @@ class FusionMixin(AnomalibMixin):
             with torch.inference_mode(False):  # training may use what a validation has encoded
                 known[class_name] = self.model.encode_states(class_name)
         return known[class_name].to(self.device)
+
+
+class FusionMixin(CalibratedMixin):
+    """Hooks of such a model; to be named before ``AnomalibModule``."""
+
+    checkpoint_key: str
+    """Key of the state in a checkpoint."""
+
+    def setup(self, stage: str) -> None:
+        """Choose what follows the data, and how long to train."""
+        self._facts = describe(self.datamodule, self.dataset("train"), self.dataset("test") or self.dataset("val"))
+        if stage == "fit" or self.state.settings is None:
+            self._begin()
+        if stage == "fit":
+            plan_epochs(self.trainer, self.max_epochs)
+
+    def _log_settings(self) -> None:
+        """Log what is in use, once a checkpoint has been read."""
+        settings = ", ".join(f"{name}={value}" for name, value in asdict(self.settings).items())
+        logger.info("%s settings: %s", type(self).__name__, settings)
+
+    # ------------------------------------------------------------------ a fit
+
+    def on_fit_start(self) -> None:
+        """Note that from here on, settings are those of a fit."""
+        self.state.is_fitted = True
+        self._log_settings()
+
+    def on_train_epoch_start(self) -> None:
+        """Forget the bank: a fit without training builds it anew as well."""
+        self._forget_calibration()
+
+    def on_train_epoch_end(self) -> None:
+        """After the last epoch, see that the checkpoint to be saved can score, whether or not there was validation."""
+        trainer = self.trainer
+        by_epochs = 0 < (trainer.max_epochs or 0) <= trainer.current_epoch + 1
+        by_steps = 0 < trainer.max_steps <= trainer.global_step
+        if by_epochs or by_steps or trainer.should_stop:
+            self._calibrate()
+
+    def on_train_end(self) -> None:
+        """See to the same where a callback has stopped training after the epoch's end."""
+        self._calibrate()
+
+    # ------------------------------------------------------------------ evaluation
+
+    def on_validation_start(self) -> None:
+        """Build the bank from the adapters as they are now."""
+        self._prepare_to_score()
+
+    def validation_step(self, batch: ImageBatch, *args, **kwargs) -> STEP_OUTPUT:  # noqa: ANN002, ANN003
+        """Score a batch, with the class name of its data set."""
+        del args, kwargs
+        predictions = self.model(batch.image, self._text_features(class_name_of(batch)))
+        return batch.update(**predictions._asdict())
+
+    def on_validation_epoch_end(self) -> None:
+        """Take thresholds from the support where validation shows one label only."""
+        data = self.dataset("val")
+        shows_both = all(has_label(data, label) for label in (LabelName.NORMAL, LabelName.ABNORMAL))
+        self._set_thresholds_from_support(replace=not shows_both)
+
+    def on_test_start(self) -> None:
+        """Build the bank where no fit has, and take the ranges of the test set if so asked."""
+        by_test = self.settings.calibration == "test"
+        if by_test:
+            reset_thresholds(self.post_processor)  # they were found with other ranges
+        self._prepare_to_score()
+        if by_test:
+            self._calibrate_on_test()
+        self._set_thresholds_from_support()
+        self._log_settings()
+
+    def test_step(self, batch: ImageBatch, batch_idx: int, *args, **kwargs) -> STEP_OUTPUT:  # noqa: ANN002, ANN003
+        """Score a batch."""
+        dataloader_idx = kwargs.get("dataloader_idx", args[0] if args else 0)
+        scores = self._test_scores.pop((dataloader_idx, batch_idx), None)
+        predictions = self.model(batch.image) if scores is None else self.model.fuse(scores)
+        return batch.update(**predictions._asdict())
+
+    def on_predict_start(self) -> None:
+        """Refuse ranges of a test set, which a lone image does not have."""
+        self._refuse_test_ranges("predict")
+        self._calibrate()
+        self._log_settings()
 
     # ------------------------------------------------------------------ checkpoints and export
 

@@ -163,9 +163,7 @@ class Mvfa(AdapterTrainingMixin, AnomalibModule):
         if zero_shot_weight == 0 and few_shot_weight == 0:
             msg = "zero_shot_weight and few_shot_weight are both 0; one branch at least must have weight."
             raise ValueError(msg)
-        prompts = Prompts.given(
-            normal_states=normal_states, abnormal_states=abnormal_states, templates=templates
-        )
+        prompts = Prompts.given(normal_states=normal_states, abnormal_states=abnormal_states, templates=templates)
         super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
         model = build_mvfa(
             str(backbone),

@@ -16,7 +16,7 @@ from .linear import linear
 from .text_alignment import full_precision
 
 QUERIES, ROWS = 1024, 4096
-"""Numbers of features compared at once: memory does not grow with batch and bank, and similarities fit a CPU's cache."""
+"""Features compared at once: memory does not grow with batch and bank, and similarities fit a CPU's cache."""
 
 
 def nearest_distance(query: torch.Tensor, bank: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:

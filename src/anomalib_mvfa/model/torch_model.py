@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from ..arguments import check_arguments
+from ..arguments import check_arguments, documented
 from .adapters import BRANCHES, BranchAdapters, add_to_stream
 from .anomaly_map import state_probabilities, to_grid, upsample
 from .frozen_cache import FrozenCache
@@ -99,6 +99,7 @@ class _FromNames(type):
         return build_mvfa(*args, **kwargs)
 
 
+@documented
 class MvfaModel(nn.Module, metaclass=_FromNames):
     """Multi-level visual feature adaptation of CLIP (Huang et al., CVPR 2024), in its published numerics.
 
@@ -110,16 +111,7 @@ class MvfaModel(nn.Module, metaclass=_FromNames):
         det_adapters: Adapters of the image branch.
         bank: Empty memory bank.
         levels: Blocks (from 1) after which adapters sit, increasing.
-        train_levels: Levels that have a loss and learn; all by default (paper, Table 5).
-        score_levels: Levels that are scored; all by default.
         prompts: States and templates of the text prompts.
-        residual_ratio: g, the weight of an adapter in the stream.
-        residual: "pair" (published) or "single" (paper, Eq. 2), see
-            :func:`~anomalib_mvfa.model.adapters.add_to_stream`.
-        normalize: Whether images are normalised by the backbone's mean and standard deviation, which the published
-            code does not do.
-        pooling: "mean" (published) or "max" (paper) over patches in the det loss.
-        upsample: "logits" (published) or "probabilities" (paper) are upsampled to the seg map.
 
     Attributes:
         scoring: How scores are formed.
