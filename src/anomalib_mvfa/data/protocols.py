@@ -357,7 +357,9 @@ class LeaveOneOut(_Protocol):
         mode, self.target.val_split_mode = self.target.val_split_mode, ValSplitMode.NONE  # all of it is tested
         _set_up(self.target, self.seed)
         self.target.val_split_mode = mode  # another protocol may use the same source
-        self.test_data = SampleDataset.of(self.target.test_data, self.target.test_data.samples, class_name_of_data(self.target))
+        self.test_data = SampleDataset.of(
+            self.target.test_data, self.target.test_data.samples, class_name_of_data(self.target)
+        )
 
 
 def _resolve(source: Source) -> AnomalibDataModule:

@@ -24,7 +24,6 @@ logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings 
 
 TEXT_BATCH = 64
 
-_HUGGING_FACE = {"hf_model_name", "hf_tokenizer_name"}  # of text towers that need the package transformers
 _NOT_PARAMETERS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives
 
 
@@ -53,7 +52,7 @@ class ClipBackbone(nn.Module):
         ValueError: Unknown backbone, tag or image size, an image tower other than a plain vision transformer, or a
             file that does not fit the backbone.
         FileNotFoundError: The config or the weight file does not exist.
-        RuntimeError: The weights of a tag could not be had.
+        RuntimeError: The weights of a tag could not be loaded.
     """
 
     clip: Any  # open_clip ships no types
@@ -84,7 +83,7 @@ class ClipBackbone(nn.Module):
         _load(clip, state, backbone, pretrained)
 
         self.clip = clip.requires_grad_(False).eval()
-        self.tokenizer = _tokenizer(backbone, config)
+        self.tokenizer = _tokenizer(backbone, config["text_cfg"])
         self.depth = len(clip.visual.transformer.resblocks)
         self.width: int = clip.visual.class_embedding.shape[0]
         self.joint_width = config["embed_dim"]
@@ -171,17 +170,18 @@ def _attention(attention: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tenso
 
 
 def working_backbones() -> list[str]:
-    """Return the names of open_clip's models that MVFA can adapt, and that need no further package for their texts."""
-    configs = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
-    return [
-        name for name, config in configs.items() if _is_plain(config) and not _HUGGING_FACE & set(config["text_cfg"])
-    ]
+    """Return the names of open_clip's models that MVFA can adapt."""
+    return [name for name in open_clip.list_models() if _is_plain(open_clip.get_model_config(name))]
 
 
 def _is_plain(config: dict[str, Any]) -> bool:
-    """Whether a config describes open_clip's own vision transformer (timm towers and ResNets are none)."""
-    vision = config["vision_cfg"]
-    return "timm_model_name" not in vision and isinstance(vision.get("layers", 12), int)
+    """Whether a config describes a vision and a text transformer of open_clip's own.
+
+    Image towers of timm and ResNets are none, nor are CoCa's text tower and those of Hugging Face.
+    """
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    is_vit = "timm_model_name" not in vision and isinstance(vision.get("layers", 12), int)
+    return is_vit and "multimodal_cfg" not in config and "hf_model_name" not in text
 
 
 def _read_config(backbone: str) -> dict[str, Any]:
@@ -210,8 +210,8 @@ def _read_config(backbone: str) -> dict[str, Any]:
             raise ValueError(msg)
     if not _is_plain(config):
         msg = (
-            f"backbone={backbone!r} has no plain vision transformer as its image tower, and MVFA adapts the blocks of "
-            f"one. These work: {', '.join(working_backbones())}."
+            f"backbone={backbone!r} has no plain vision transformer as its image tower, whose blocks MVFA adapts, or "
+            f"takes its text tower from another package. These work: {', '.join(working_backbones())}."
         )
         raise ValueError(msg)
     config["vision_cfg"] = {"patch_size": 16, "image_size": 224, **config["vision_cfg"]}  # open_clip's own defaults
@@ -221,15 +221,7 @@ def _read_config(backbone: str) -> dict[str, Any]:
 def _build(config: dict[str, Any], quick_gelu: bool, image_size: int) -> nn.Module:
     arguments = {key: value for key, value in config.items() if key not in {"custom_text", "quick_gelu"}}
     arguments["vision_cfg"] = {**config["vision_cfg"], "image_size": image_size, "patch_dropout": 0.0}
-    text = arguments["text_cfg"]
-    if "multimodal_cfg" in config:
-        kind = open_clip.CoCa
-    elif config.get("custom_text") or "hf_model_name" in text:
-        kind = open_clip.CustomTextCLIP
-        if "hf_model_name" in text:
-            arguments["text_cfg"] = {**text, "hf_model_pretrained": False}
-    else:
-        kind = open_clip.CLIP
+    kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
     clip = kind(**arguments, quick_gelu=quick_gelu)
     if not isinstance(clip.visual, VisionTransformer):
         msg = f"The image tower is a {type(clip.visual).__name__}; these work: {', '.join(working_backbones())}."
@@ -237,18 +229,13 @@ def _build(config: dict[str, Any], quick_gelu: bool, image_size: int) -> nn.Modu
     return clip
 
 
-def _tokenizer(backbone: str, config: dict[str, Any]) -> Any:  # noqa: ANN401  # open_clip has no common type
-    if "hf_tokenizer_name" in config["text_cfg"]:
+def _tokenizer(backbone: str, text: dict[str, Any]) -> Any:  # noqa: ANN401  # open_clip has no common type
+    if "hf_tokenizer_name" in text:
         return open_clip.get_tokenizer(backbone)
-    return open_clip.SimpleTokenizer(context_length=config["text_cfg"].get("context_length", 77))
+    return open_clip.SimpleTokenizer(context_length=text.get("context_length", 77))
 
 
-def _read_weights(
-    backbone: str,
-    pretrained: str | None,
-    config: dict[str, Any],
-    quick_gelu: bool,
-) -> State:
+def _read_weights(backbone: str, pretrained: str | None, config: dict[str, Any], quick_gelu: bool) -> State:
     if pretrained is None:
         logger.warning("pretrained=None: the backbone %s has random weights. Scores mean nothing clinically.", backbone)
         # Drawn at the config's own image size, like pretrained weights, so that they do not depend on `image_size`.
@@ -275,7 +262,7 @@ def _read_weights(
         config = open_clip.get_pretrained_cfg(backbone, pretrained)
         return _read_file(checked_download(Path(open_clip.download_pretrained(config))))
     except Exception as error:  # the downloaders raise whatever their transport raises
-        msg = f"The weights {pretrained!r} of {backbone} could not be had ({first_line(error)}). {ways_out}"
+        msg = f"The weights {pretrained!r} of {backbone} could not be loaded ({first_line(error)}). {ways_out}"
         raise RuntimeError(msg) from error
 
 
