@@ -7,8 +7,8 @@ import torch
 from anomalib.engine import Engine
 
 from anomalib_mvfa import BMADFewShot, Dra, Mkd, Mvfa
+from anomalib_mvfa.io import commit, dataset_digest, versions
 from anomalib_mvfa.memory import ADVICE
-from anomalib_mvfa.provenance import commit, fingerprint, versions
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_checkpoint_says_where_it_comes_from(build, engine, data, tmp_path, ki
     data.setup()
     trained = engine()
     trained.fit(build(kind), **{"train_dataloaders": data.train_dataloader()} if by_loader else {"datamodule": data})
-    expected = {"commit": commit(), "versions": versions(), "train_set": fingerprint(data.train_data)}
+    expected = {"commit": commit(), "versions": versions(), "train_set": dataset_digest(data.train_data)}
     assert len(expected["train_set"]) == 64
     assert torch.load(trained.best_model_path, weights_only=False)["provenance"] == expected
 

@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from .contract import dataset_of
+from .io import commit, dataset_digest, versions
 from .memory import ADVICE, is_out_of_memory
-from .provenance import commit, fingerprint, versions
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -42,7 +42,7 @@ class Provenance(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the data, once and not at every checkpoint."""
         del pl_module
-        train_set = fingerprint(dataset_of(trainer, "train"))
+        train_set = dataset_digest(dataset_of(trainer, "train"))
         self._of_fit = {"commit": commit(), "versions": versions(), "train_set": train_set}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

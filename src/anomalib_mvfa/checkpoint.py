@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .files import save_whole
+from .io import save_atomically
 from .model.adapters import BRANCHES
 from .model.torch_model import MvfaModel
 from .model.weight_files import checked_values
@@ -64,4 +64,4 @@ def save_adapters(model: MvfaModel, path: str | Path) -> None:
     """Save a model's adapters in the published form; a file that was there stays whole until the new one is."""
     path = Path(path).expanduser()
     state = {f"{branch}_adapters": getattr(model, f"{branch}_adapters").state_dict() for branch in BRANCHES}
-    save_whole(state, path)
+    save_atomically(state, path)

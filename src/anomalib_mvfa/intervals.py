@@ -14,7 +14,7 @@ from anomalib.data import ImageBatch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from .data.support import group_of
-from .files import read_arrays
+from .io import read_arrays
 
 PIXEL_BINS = 1024
 """Of scores, for the interval of pixel AUROC; the figure itself is counted in finer bins. Half of the edges are evenly

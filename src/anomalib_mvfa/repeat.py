@@ -14,9 +14,8 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 
-from .files import written_whole
 from .intervals import METRICS, ScoreRecorder, Scores, bootstrap
-from .provenance import commit, device_name, fingerprint, versions
+from .io import atomic_write, commit, dataset_digest, device_name, versions
 
 
 class EveryEpoch(ModelCheckpoint):
@@ -60,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
         scores.append(tested)
         # Written after each seed, so that a run cut short loses nothing.
         report = _report(train, runs, bootstrap(scores, group_by, own.resamples), group_by, own.resamples)
-        with written_whole(own.output) as partial:
+        with atomic_write(own.output) as partial:
             partial.write_text(json.dumps(report, indent=2))
     _show(report, own.output)
 
@@ -86,8 +85,8 @@ def _run(seed: int, train: Sequence[str], every_epoch: bool) -> tuple[dict[str, 
     run = {
         "seed": seed,
         "device": device_name(trainer.strategy.root_device),
-        "train_set": fingerprint(getattr(cli.datamodule, "train_data", None)),
-        "test_set": fingerprint(getattr(cli.datamodule, "test_data", None)),
+        "train_set": dataset_digest(getattr(cli.datamodule, "train_data", None)),
+        "test_set": dataset_digest(getattr(cli.datamodule, "test_data", None)),
         "epochs": trainer.current_epoch,
         "config": yaml.safe_load(cli.parser.dump(cli.config))["train"],
         "settings": getattr(cli.model, "settings", None),

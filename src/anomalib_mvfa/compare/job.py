@@ -29,9 +29,9 @@ from ..data.reading import read_image, read_mask
 from ..data.support import draw
 from ..evaluation import OrderKeepingPostProcessor, metrics
 from ..intervals import ScoreRecorder
+from ..io import commit, dataset_digest, device_name, versions
 from ..memory import ADVICE, is_out_of_memory, return_freed_memory, return_large_blocks
 from ..model.torch_model import MvfaModel
-from ..provenance import commit, device_name, fingerprint, versions
 from .plan import Job
 from .results import Features, Pictures, Row, write_row, writing
 from .weights import build_model
@@ -136,7 +136,7 @@ def _train_and_test(job: Job, folder: Path, gpu: int | None) -> Row:
     row.metrics = {name: float(value) for name, value in tested.items() if name.startswith(("image_", "pixel_"))}
     parts = {"train": "train_data", "validate": "val_data", "test": "test_data"}
     row.images = {name: len(getattr(datamodule, part, ())) for name, part in parts.items()}
-    row.train_set, row.test_set = fingerprint(datamodule.train_data), fingerprint(datamodule.test_data)
+    row.train_set, row.test_set = dataset_digest(datamodule.train_data), dataset_digest(datamodule.test_data)
     row.random_weights, row.weights = origin.is_random, origin.name
     row.seconds = {
         "job": time.perf_counter() - start,

@@ -15,8 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from ..data.protocols import FewShot, FullNormal, LeaveOneOut, _Protocol, checked_pattern
-from ..files import written_whole
-from ..provenance import content_of
+from ..io import atomic_write, file_digest
 from .paper import paper_table
 from .results import Row, read_row
 
@@ -174,7 +173,7 @@ class Comparison:
 
     def save(self, path: Path) -> None:
         """Write a YAML file, complete or not at all."""
-        with written_whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True), "utf-8")
 
     def sources(self) -> dict[str, dict[str, Any]]:
@@ -280,7 +279,7 @@ class Job:
             del asked[name]
         del asked["method"]["categories"]  # of which this job is one
         if self.weights not in {None, MODEL_DEFAULT} and (file := Path(str(self.weights))).is_file():
-            asked["weights_content"] = content_of(str(file))
+            asked["weights_content"] = file_digest(str(file))
         return json.loads(json.dumps(asked, default=str))
 
     @property

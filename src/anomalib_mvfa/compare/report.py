@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from jsonargparse import ArgumentParser
 
-from ..files import written_whole
+from ..io import atomic_write
 from .page import facts, notices, percent, protocol, render
 from .paper import PaperTable, paper_table
 from .results import Row
@@ -47,7 +47,7 @@ def report(run: Path, resamples: int = 1000) -> Path:
     }
     folder = run / "report"
     for name, text in files.items():
-        with written_whole(folder / name) as partial:
+        with atomic_write(folder / name) as partial:
             partial.write_text(text, "utf-8", errors="backslashreplace")  # names of files may be no text
     return folder / "index.html"
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import read_arrays, room_for
+from ..io import explain_full_disk, read_arrays
 
 
 @dataclass
@@ -175,7 +175,7 @@ def writing(run: Path, job: str) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     target = job_folder(run, job)
     try:
-        with room_for(target):
+        with explain_full_disk(target):
             partial.mkdir(parents=True)
             yield partial
         if target.exists():

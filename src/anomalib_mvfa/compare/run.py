@@ -21,8 +21,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..files import room_for
-from ..provenance import commit
+from ..io import commit, explain_full_disk
 from .estimate import Estimate, duration
 from .job import CompareJob, write_failure
 from .plan import Comparison, Job
@@ -268,7 +267,7 @@ def _logged(job: CompareJob, gpu: int | None) -> Row:
     """Run a job, and keep what it prints, down to the libraries below Python, in a log of its own."""
     path = job.folder / "logs" / f"{job.job.folder}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with room_for(path), path.open("w") as log:
+    with explain_full_disk(path), path.open("w") as log:
         saved = [os.dup(stream) for stream in STREAMS]
         try:
             for stream in STREAMS:

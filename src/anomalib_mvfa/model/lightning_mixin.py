@@ -31,7 +31,7 @@ from ..contract import DataFacts, class_name_of, dataset_of, describe, has_label
 from ..data.reading import refuse_deep
 from ..data.support import support_of
 from ..evaluation import metrics
-from ..files import save_whole
+from ..io import save_atomically
 from .frozen_cache import FrozenCache
 from .fusion import Weights
 from .processing import AntialiasedPreProcessor, ThresholdScaledPostProcessor
@@ -100,7 +100,7 @@ class WholeCheckpointIO(AnomalibCheckpointIO):
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        save_whole(checkpoint, Path(path))
+        save_atomically(checkpoint, Path(path))
 
 
 def plan_epochs(trainer: Trainer, max_epochs: int) -> None:

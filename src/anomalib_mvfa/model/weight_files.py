@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..provenance import content_of
+from ..io import file_digest
 from .torchscript import is_torchscript, read_torchscript
 
 RANDOM_SEED = 0
@@ -132,8 +132,8 @@ def checked_download(path: Path) -> Path:
         ValueError: The file is another one, for instance cut short.
     """
     file = path.resolve()
-    if re.fullmatch("[0-9a-f]{64}", file.name) and content_of(str(file)) != file.name:
-        msg = f"{file} is not what its name says: its content has the SHA-256 {content_of(str(file))}. Remove it"
+    if re.fullmatch("[0-9a-f]{64}", file.name) and file_digest(str(file)) != file.name:
+        msg = f"{file} is not what its name says: its content has the SHA-256 {file_digest(str(file))}. Remove it"
         raise ValueError(msg)
     return path
 
