@@ -14,8 +14,8 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 
-from .intervals import METRICS, ScoreRecorder, Scores, bootstrap
 from .io import atomic_write, commit, dataset_digest, device_name, versions
+from .metrics.bootstrap import METRICS, ScoreRecorder, Scores, bootstrap
 
 
 class EveryEpoch(ModelCheckpoint):

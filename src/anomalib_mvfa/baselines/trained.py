@@ -23,9 +23,9 @@ from torchvision.transforms.v2.functional import normalize
 
 from ..callbacks import beside
 from ..contract import DataFacts, dataset_of, describe
-from ..evaluation import OrderKeepingPostProcessor, metrics
+from ..metrics.evaluator import default_evaluator
 from ..model.lightning_mixin import ONNX_OPSET, plan_epochs
-from ..model.processing import AntialiasedPreProcessor
+from ..model.processing import AntialiasedPreProcessor, OrderKeepingPostProcessor
 from ..model.weight_files import first_line
 
 if TYPE_CHECKING:
@@ -159,8 +159,8 @@ class TrainedMixin(_Host):
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """Return the metrics of :func:`anomalib_mvfa.evaluation.metrics`."""
-        return metrics()
+        """Return the metrics of :func:`anomalib_mvfa.metrics.evaluator.default_evaluator`."""
+        return default_evaluator()
 
     @classmethod
     def configure_visualizer(cls) -> ImageVisualizer:

@@ -27,10 +27,11 @@ from torch.nn.functional import interpolate
 
 from ..data.reading import read_image, read_mask
 from ..data.support import draw
-from ..evaluation import OrderKeepingPostProcessor, metrics
-from ..intervals import ScoreRecorder
 from ..io import commit, dataset_digest, device_name, versions
 from ..memory import ADVICE, is_out_of_memory, return_freed_memory, return_large_blocks
+from ..metrics.bootstrap import ScoreRecorder
+from ..metrics.evaluator import default_evaluator
+from ..model.processing import OrderKeepingPostProcessor
 from ..model.torch_model import MvfaModel
 from .plan import Job
 from .results import Features, Pictures, Row, write_row, writing
@@ -108,7 +109,7 @@ def _train_and_test(job: Job, folder: Path, gpu: int | None) -> Row:
     datamodule = job.datamodule()
     model, origin = build_model(job.method.model, job.weights, **job_arguments(job, datamodule))
     model.post_processor = OrderKeepingPostProcessor()
-    model.evaluator = metrics()
+    model.evaluator = default_evaluator()
     model.visualizer = None
 
     watch, recorder, pictures = Stopwatch(), ScoreRecorder(), PictureRecorder()

@@ -30,8 +30,8 @@ from ..callbacks import beside
 from ..contract import DataFacts, class_name_of, dataset_of, describe, has_label
 from ..data.reading import refuse_deep
 from ..data.support import support_of
-from ..evaluation import metrics
 from ..io import save_atomically
+from ..metrics.evaluator import default_evaluator
 from .frozen_cache import FrozenCache
 from .fusion import Weights
 from .processing import AntialiasedPreProcessor, ThresholdScaledPostProcessor
@@ -659,8 +659,8 @@ class LightningMixin(_Host):
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """Return the metrics of :func:`anomalib_mvfa.evaluation.metrics`."""
-        return metrics()
+        """Return the metrics of :func:`anomalib_mvfa.metrics.evaluator.default_evaluator`."""
+        return default_evaluator()
 
     @classmethod
     def configure_visualizer(cls) -> ImageVisualizer:
