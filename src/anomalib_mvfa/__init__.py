@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from .baselines.med_clip import MedClip
     from .baselines.mkd import Mkd
     from .baselines.winclip import WinClipBaseline
-    from .checkpoint import load_adapters, save_adapters
     from .data import (
         BMADFewShot,
         BMADLeaveOneOut,
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     )
     from .model.lightning_model import Mvfa
     from .model.torch_model import MvfaModel
+    from .model.weights import load_adapters, save_adapters
     from .plugin import register
 
     __version__: str
@@ -74,9 +74,9 @@ _HOMES = {
     "PredictScans": ".data",
     "Scans": ".data",
     "WinClipBaseline": ".baselines.winclip",
-    "load_adapters": ".checkpoint",
+    "load_adapters": ".model.weights",
     "register": ".plugin",
-    "save_adapters": ".checkpoint",
+    "save_adapters": ".model.weights",
 }
 
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from anomalib_mvfa.checkpoint import load_adapters
 from anomalib_mvfa.data.augmentation import VIEWS, view
 from anomalib_mvfa.data.bmad import CATEGORIES
 from anomalib_mvfa.model import backbone
 from anomalib_mvfa.model.fusion import Weights
 from anomalib_mvfa.model.losses import MvfaLoss, dice_loss, focal_loss
 from anomalib_mvfa.model.torch_model import MvfaModel, Scoring, SupportViews
+from anomalib_mvfa.model.weights import load_adapters
 from recipe import MINI, VITL, Clip, adapter_weights, clip_weights, images, lesioned, write_config
 
 FIGURES = Path(__file__).parents[1] / "figures"

@@ -26,7 +26,7 @@ from ..contract import DataFacts, dataset_of, describe
 from ..metrics.evaluator import default_evaluator
 from ..model.lightning_mixin import ONNX_OPSET, plan_epochs
 from ..model.processing import AntialiasedPreProcessor, OrderKeepingPostProcessor
-from ..model.weight_files import first_line
+from ..model.weights import first_line
 
 if TYPE_CHECKING:
     _Host = AnomalibModule

@@ -20,6 +20,7 @@ from .lightning_mixin import (
 from .losses import MvfaLoss
 from .prompts import ABNORMAL_STATES, NORMAL_STATES, TEMPLATES, check_slots
 from .torch_model import MvfaModel, check_choice
+from .weights import load_adapters
 
 IMAGE_SCORES = ("map_max", "det_mean", "det_max")
 
@@ -33,7 +34,7 @@ class Mvfa(LightningMixin, AnomalibModule):
         backbone: Name of an open_clip model with a plain vision transformer, or path of a model config in open_clip's
             JSON form. The environment variable ``ANOMALIB_MVFA_BACKBONE`` sets the default.
         pretrained: Tag of open_clip; or path of a weight file in OpenAI's or open_clip's form (.pt state dict,
-            TorchScript archive, safetensors); or None for seeded random weights. ``ANOMALIB_MVFA_PRETRAINED`` sets the
+            safetensors); or None for seeded random weights. ``ANOMALIB_MVFA_PRETRAINED`` sets the
             default ("null" for None).
         image_size: Height and width in pixels to which images are squashed.
         levels: Blocks (from 1) with adapters; the quarter points by default: 6, 12, 18, 24 for ViT-L.
@@ -166,8 +167,6 @@ class Mvfa(LightningMixin, AnomalibModule):
             seed=seed,
         )
         if adapters is not None:
-            from ..checkpoint import load_adapters
-
             load_adapters(model, adapters)
         self._adopt(model)
         self.loss = MvfaLoss(bce)
