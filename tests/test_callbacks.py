@@ -1,4 +1,4 @@
-"""Beside every model: advice where the memory does not suffice, and where checkpoints come from."""
+"""What every model adds to anomalib's callbacks: advice when memory runs out, and where checkpoints come from."""
 
 import logging
 

@@ -179,7 +179,6 @@ def test_every_first_import_attaches_everything():
         "from anomalib.models.image.padim import Padim",
         "from anomalib_mvfa import Mvfa",
         "from anomalib_mvfa import AprilGan",
-        "from anomalib_mvfa import Clip",
         "from anomalib_mvfa import MvfaModel",
         "from anomalib_mvfa import BMADFewShot",
         "import anomalib_mvfa.data",

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, max_pool2d
 from torchvision.models import get_model
 
-from ..callbacks import beside
+from ..callbacks import default_callbacks
 from ..metrics.evaluator import default_evaluator
 from ..model.lightning_mixin import DEFAULT_PRETRAINED, ONNX_OPSET, check_numbers, plan_epochs
 from ..model.processing import AntialiasedPreProcessor, OrderKeepingPostProcessor
@@ -234,7 +234,7 @@ class Mkd(AnomalibModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return anomalib's callbacks, and ours."""
-        return beside(super().configure_callbacks())
+        return default_callbacks(super().configure_callbacks())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam over the student."""

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.v2.functional import normalize
 
-from ..callbacks import beside
+from ..callbacks import default_callbacks
 from ..contract import DataFacts, dataset_of, describe
 from ..metrics.evaluator import default_evaluator
 from ..model.lightning_mixin import ONNX_OPSET, plan_epochs
@@ -135,7 +135,7 @@ class TrainedMixin(_Host):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return anomalib's callbacks, and ours."""
-        return beside(super().configure_callbacks())
+        return default_callbacks(super().configure_callbacks())
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

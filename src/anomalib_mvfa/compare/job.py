@@ -40,11 +40,11 @@ from .weights import build_model
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 SIDE = 160
-"""Of pictures, in pixels."""
+"""Height and width of saved images and maps in pixels."""
 PICTURED = {LabelName.NORMAL: 1, LabelName.ABNORMAL: 3}
-"""How many test images of a kind the report shows."""
+"""How many normal and abnormal test images the report shows."""
 FEATURE_IMAGES = 50
-"""How many test images of a kind give features."""
+"""How many normal, and how many abnormal test images give features."""
 
 
 class CompareJob(PipelineJob):
@@ -63,7 +63,7 @@ class CompareJob(PipelineJob):
         self.commit = commit()
 
     def run(self, task_id: int | None = None) -> Row:
-        """Do it; a failure is a row too.
+        """Run the job; a failure gives a row too.
 
         Args:
             task_id: Index of the GPU, by default the first that there is.
@@ -83,7 +83,7 @@ class CompareJob(PipelineJob):
 
     @staticmethod
     def collect(results: Sequence[Row]) -> DataFrame:
-        """Return a table with a line for every row."""
+        """Return a table with one line per job."""
         return DataFrame([asdict(row) for row in results])
 
     @staticmethod
@@ -225,7 +225,7 @@ class _Chosen(Callback, ABC):
     """Does something with some test images, the same ones for every method.
 
     Args:
-        counts: How many images of a kind.
+        counts: How many normal and abnormal images.
     """
 
     def __init__(self, counts: dict[LabelName, int]) -> None:
@@ -284,7 +284,7 @@ class PictureRecorder(_Chosen):
             self._level_maps.update(zip(paths, level_maps, strict=True))
 
     def result(self, samples: DataFrame) -> Pictures | None:
-        """Return the pictures; None where the model has made no map.
+        """Return the saved images; None where the model has made no map.
 
         Args:
             samples: Anomalib's table of the test images.

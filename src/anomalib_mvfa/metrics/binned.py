@@ -69,16 +69,7 @@ def bins_of(scores: torch.Tensor) -> torch.Tensor:
 
 
 def count(bins: torch.Tensor, is_abnormal: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count normal and abnormal items by bin.
-
-    Args:
-        bins: Bin of each item ``(N)``.
-        is_abnormal: Whether it is abnormal ``(N)``.
-        size: Number of bins.
-
-    Returns:
-        Counts of normal and of abnormal items, ``(size)`` each.
-    """
+    """Return counts ``(size)`` of normal and of abnormal items, given each one's bin ``(N)``."""
     return torch.bincount(bins[~is_abnormal], minlength=size), torch.bincount(bins[is_abnormal], minlength=size)
 
 

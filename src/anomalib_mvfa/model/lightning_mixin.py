@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
 
-from ..callbacks import beside
+from ..callbacks import default_callbacks
 from ..contract import DataFacts, class_name_of, dataset_of, describe, has_label
 from ..data.reading import refuse_deep
 from ..data.support import support_of
@@ -635,7 +635,7 @@ class LightningMixin(_Host):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return anomalib's callbacks, and ours."""
-        return beside(super().configure_callbacks())
+        return default_callbacks(super().configure_callbacks())
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode, Resize
 
 CUBIC = -0.5
@@ -92,12 +92,7 @@ class OrderKeepingPostProcessor(PostProcessor):
     """
 
     @staticmethod
-    def _normalize(
-        preds: torch.Tensor | None,
-        norm_min: torch.Tensor,
-        norm_max: torch.Tensor,
-        threshold: torch.Tensor,
-    ) -> torch.Tensor | None:
+    def _normalize(preds: Tensor | None, norm_min: Tensor, norm_max: Tensor, threshold: Tensor) -> Tensor | None:
         if preds is None:
             return None
         threshold = torch.where(threshold.isnan(), (norm_max + norm_min) / 2, threshold).nan_to_num(nan=0.0)

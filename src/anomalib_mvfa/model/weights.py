@@ -63,7 +63,7 @@ def read_state(path: Path, trusted_archives: Collection[str] = ()) -> State:
         raise ValueError(msg) from error
     if isinstance(state, dict) and "state_dict" in state:
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not _is_state_dict(state):
         msg = f"pretrained={str(path)!r} holds no state dict: a mapping from parameter names to tensors is expected."
         raise ValueError(msg)
     return {str(key).removeprefix("module."): value for key, value in state.items()}
