@@ -35,8 +35,10 @@ def data(phantom_root):
     return BMADFewShot(phantom_root, k_shot=1, eval_batch_size=7, num_workers=0)
 
 
-@pytest.mark.parametrize("kind", [Mvfa, Mkd, Dra])
-@pytest.mark.parametrize("step", ["training_step", "test_step"])
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [(Mvfa, "training_step"), (Mvfa, "test_step"), (Mkd, "training_step"), (Dra, "test_step")],
+)
 def test_advice_names_what_is_in_use(monkeypatch, build, engine, data, caplog, kind, step):
     model = build(kind)
 

@@ -88,6 +88,8 @@ def test_failed_save_leaves_the_old_file(tiny_model, tmp_path, monkeypatch):
     [
         (lambda value: (100 * value).to(torch.int8), "have values of int8 in "),
         (lambda value: value.double() * 1e300, "have values that are not finite"),
+        (lambda value: value * torch.nan, "have values that are not finite"),
+        (lambda value: value / 0, "have values that are not finite"),
     ],
 )
 def test_values_of_another_kind(untouched, published, tmp_path, damage, message):
