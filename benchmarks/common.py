@@ -15,9 +15,9 @@ import torch
 from torch.nn.functional import normalize
 
 from anomalib_mvfa import MvfaModel
+from anomalib_mvfa.io import commit, device_name, versions
 from anomalib_mvfa.model.fusion import Weights
 from anomalib_mvfa.model.torch_model import Scoring
-from anomalib_mvfa.provenance import commit, device_name, versions
 
 FORWARD = 176e9
 """Operations of ViT-L/14 at 240 px for one image."""

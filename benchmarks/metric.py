@@ -8,7 +8,7 @@ import torch
 from common import arguments, write
 from sklearn.metrics import roc_auc_score
 
-from anomalib_mvfa.evaluation import BinnedAUROC
+from anomalib_mvfa.metrics.binned import BinnedAUROC
 
 MAPS, BATCH = 4000, 32
 

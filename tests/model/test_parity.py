@@ -13,7 +13,6 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from anomalib_mvfa.checkpoint import load_adapters
 from anomalib_mvfa.data.augmentation import VIEWS, view
 from anomalib_mvfa.data.bmad import CATEGORIES
 from anomalib_mvfa.model import backbone
@@ -22,6 +21,7 @@ from anomalib_mvfa.model.calibration import SupportBatch, fill_bank, set_ranges
 from anomalib_mvfa.model.fusion import Weights
 from anomalib_mvfa.model.losses import MvfaLoss, dice_loss, focal_loss
 from anomalib_mvfa.model.torch_model import Scoring
+from anomalib_mvfa.model.weights import load_adapters
 from recipe import MINI, VITL, Clip, adapter_weights, clip_weights, images, lesioned, write_config
 
 FIGURES = Path(__file__).parents[1] / "figures"

@@ -5,6 +5,7 @@ Axes: B images, L tokens (class token first), P = G*G patches, D width of the im
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from .linear import linear
-from .weight_files import FLOATS, RANDOM_SEED, State, checked_download, fingerprint, first_line, load_state, read_state
+from .weights import FLOATS, RANDOM_SEED, State, checked_download, fingerprint, first_line, load_state, read_state
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -33,7 +34,7 @@ class ClipBackbone(nn.Module):
     Args:
         backbone: Name of an open_clip model, or path of a model config in open_clip's JSON form.
         pretrained: Tag of open_clip; or path of a weight file in OpenAI's or open_clip's form (.pt state dict,
-            TorchScript archive, safetensors); or None for seeded random weights.
+            safetensors, OpenAI's own TorchScript archive); or None for seeded random weights.
         image_size: Height and width of its input in pixels; the position grid is resized to it (bicubic, antialiased).
         quick_gelu: Use QuickGELU, with which OpenAI's weights were trained, in place of GELU in both towers. MVFA's
             published code does not.
@@ -248,7 +249,7 @@ def _read_weights(backbone: str, pretrained: str | None, config: dict[str, Any],
     tags = open_clip.list_pretrained_tags_by_model(backbone)
     ways_out = (
         "Ways out: give pretrained= (or the environment variable ANOMALIB_MVFA_PRETRAINED) the path of a weight file, "
-        "in OpenAI's or open_clip's form (.pt, TorchScript archive, .safetensors); or run once with a network; or "
+        "in OpenAI's or open_clip's form (.pt, .safetensors); or run once with a network; or "
         "pretrained=null for random weights, to try the software out."
     )
     if pretrained not in tags:
@@ -268,7 +269,13 @@ def _read_weights(backbone: str, pretrained: str | None, config: dict[str, Any],
 
 def _read_file(path: Path) -> State:
     """Read a state dict, without what OpenAI's archives hold beside parameters."""
-    return {key: value for key, value in read_state(path).items() if key not in _NOT_PARAMETERS}
+    return {key: value for key, value in read_state(path, _openai_digests()).items() if key not in _NOT_PARAMETERS}
+
+
+def _openai_digests() -> set[str]:
+    """Return the SHA-256 of OpenAI's TorchScript archives, which their published addresses contain."""
+    addresses = [open_clip.get_pretrained_cfg(name, "openai")["url"] for name in open_clip.list_openai_models()]
+    return {digest for address in addresses for digest in re.findall("/([0-9a-f]{64})/", address)}
 
 
 def _load(clip: nn.Module, state: State, backbone: str, pretrained: str | None) -> None:

@@ -17,13 +17,13 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
 from ..arguments import plain
-from ..callbacks import beside
+from ..callbacks import default_callbacks
 from ..contract import dataset_of
 from ..data.reading import refuse_deep
-from ..evaluation import OrderKeepingPostProcessor, metrics
-from ..files import save_whole
+from ..io import save_atomically
+from ..metrics.evaluator import default_evaluator
 from .export import ExportMixin
-from .processing import AntialiasedPreProcessor
+from .processing import AntialiasedPreProcessor, OrderKeepingPostProcessor
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -84,7 +84,7 @@ class AnomalibMixin(ExportMixin):  # no AnomalibModule itself: anomalib would li
 
     def configure_callbacks(self) -> list[Callback]:
         """Return anomalib's callbacks, and ours."""
-        return beside(super().configure_callbacks())
+        return default_callbacks(super().configure_callbacks())
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class AnomalibMixin(ExportMixin):  # no AnomalibModule itself: anomalib would li
     @staticmethod
     def configure_evaluator() -> Evaluator:
         """Return image and pixel metrics, in constant memory."""
-        return metrics()
+        return default_evaluator()
 
     @classmethod
     def configure_visualizer(cls) -> ImageVisualizer:
@@ -129,7 +129,7 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        save_whole(checkpoint, Path(path))
+        save_atomically(checkpoint, Path(path))
 
 
 def plan_epochs(trainer: Trainer, max_epochs: int) -> None:

@@ -20,6 +20,7 @@ from .lightning_fusion import FusionMixin
 from .losses import MvfaLoss
 from .prompts import Prompts
 from .state import Settings
+from .weights import load_adapters
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -184,8 +185,6 @@ class Mvfa(AdapterTrainingMixin, AnomalibModule):
             prompts=prompts,
         )
         if adapters is not None:
-            from ..checkpoint import load_adapters
-
             load_adapters(model, adapters)
         asked = Settings(class_name, image_score, zero_shot_weight, few_shot_weight, learning_rate, calibration)
         self._init_state(model, asked, seed, bank_images, max_epochs)
