@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 
-from anomalib_mvfa.model.frozen_cache import FrozenCache
 from anomalib_mvfa.model.build import build_mvfa
+from anomalib_mvfa.model.frozen_cache import FrozenCache
 from recipe import TINY, images
 
 

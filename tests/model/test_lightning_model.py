@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_mvfa import BMADFewShot, BMADLeaveOneOut, FewShot, Mvfa
 from anomalib_mvfa.model.backbone import ClipBackbone
+from anomalib_mvfa.model.calibration import is_calibrated
 from anomalib_mvfa.model.state import Settings
 
 IMAGE_SIZE = 56
@@ -207,7 +208,7 @@ def test_validation_runs_after_the_last_epoch_only_and_every_epoch_is_saved(make
             events.append(("validate", trainer.current_epoch))
 
         def on_save_checkpoint(self, trainer, pl_module, checkpoint):
-            events.append(("save", trainer.current_epoch, pl_module.model.is_ready))
+            events.append(("save", trainer.current_epoch, is_calibrated(pl_module.model)))
 
     engine(callbacks=[Watch()]).fit(make(max_epochs=3), datamodule=few_shot())
     assert events == [("save", 0, False), ("save", 1, False), ("validate", 2), ("save", 2, True)]

@@ -10,11 +10,11 @@ import torch
 from anomalib.data import InferenceBatch
 
 import by_hand
-from anomalib_mvfa.model.fusion import Weights
-from anomalib_mvfa.model.losses import MvfaLoss
 from anomalib_mvfa.compare.level_maps import level_maps
 from anomalib_mvfa.model.build import build_mvfa
 from anomalib_mvfa.model.calibration import SupportBatch, fill_bank, set_ranges
+from anomalib_mvfa.model.fusion import Weights
+from anomalib_mvfa.model.losses import MvfaLoss
 from anomalib_mvfa.model.prompts import Prompts
 from anomalib_mvfa.model.torch_model import MvfaModel, Scoring, TrainingOutput
 from recipe import TINY, images

@@ -25,7 +25,6 @@ from pandas import DataFrame
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from .level_maps import level_maps
 from ..data.reading import read_image, read_mask
 from ..data.support import draw
 from ..io import commit, dataset_digest, device_name, versions
@@ -34,6 +33,7 @@ from ..metrics.bootstrap import ScoreRecorder
 from ..metrics.evaluator import default_evaluator
 from ..model.processing import OrderKeepingPostProcessor
 from ..model.torch_model import MvfaModel
+from .level_maps import level_maps
 from .plan import Job
 from .results import Features, Pictures, Row, write_row, writing
 from .weights import build_model
@@ -281,8 +281,8 @@ class PictureRecorder(_Chosen):
             self._maps.update(zip(paths, maps[:, 0], strict=True))
         if isinstance(model, MvfaModel):
             self._levels = model.scored_levels
-            level_maps = _small(level_maps(model, torch.as_tensor(batch.image)[rows]))
-            self._level_maps.update(zip(paths, level_maps, strict=True))
+            by_level = _small(level_maps(model, torch.as_tensor(batch.image)[rows]))
+            self._level_maps.update(zip(paths, by_level, strict=True))
 
     def result(self, samples: DataFrame) -> Pictures | None:
         """Return the saved images; None where the model has made no map.

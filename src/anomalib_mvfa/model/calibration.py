@@ -137,6 +137,22 @@ def set_ranges(model: MvfaModel, scores: Iterable[BranchScores]) -> None:
         model.ranges.copy_(torch.stack([low, high], dim=-1).view(2, 2, 2))
 
 
+def is_calibrated(model: MvfaModel) -> bool:
+    """Whether a model's bank and value ranges, where they are in use, are there."""
+    scoring = model.scoring
+    if scoring.weights.few == 0:
+        return True
+    has_ranges = not (scoring.normalised and bool(model.ranges.isnan().any()))
+    return has_ranges and model.bank.filled.issuperset(scoring.branches)
+
+
+def forget_calibration(model: MvfaModel) -> None:
+    """Empty a model's bank and value ranges, which hold for the adapters as they were."""
+    if model.bank.filled:
+        model.bank.clear()
+        model.ranges.fill_(torch.nan)
+
+
 def thresholds_are_set(post_processor: Any) -> bool:  # noqa: ANN401  # anomalib's, another's or none
     """Whether a post-processor has its image threshold, or no place for one."""
     return not bool(torch.isnan(getattr(post_processor, THRESHOLDS[0], torch.zeros(()))))

@@ -21,7 +21,15 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from ..contract import DataFacts, class_name_of, describe, has_label
 from ..data.support import support_of
-from .calibration import reset_thresholds, score_support, set_ranges, set_thresholds, thresholds_are_set
+from .calibration import (
+    forget_calibration,
+    is_calibrated,
+    reset_thresholds,
+    score_support,
+    set_ranges,
+    set_thresholds,
+    thresholds_are_set,
+)
 from .lightning_base import AnomalibMixin, plan_epochs
 from .processing import ThresholdScaledPostProcessor
 from .state import BACKBONE_PREFIX, FitState, Settings, adapt_state_dict
@@ -105,7 +113,7 @@ class CalibratedMixin(AnomalibMixin):
 
     def _forget_calibration(self) -> None:
         """Forget bank, value ranges and thresholds, which hold for the adapters as they were."""
-        self.model.forget()
+        forget_calibration(self.model)
         reset_thresholds(self.post_processor)
 
     def _calibrate(self) -> None:
@@ -121,7 +129,7 @@ class CalibratedMixin(AnomalibMixin):
             self._set_text_features()
             if self.settings.few_shot_weight == 0:
                 return
-            is_ready = self.model.is_ready
+            is_ready = is_calibrated(self.model)
             if is_ready and (thresholds_are_set(self.post_processor) or self.state.support):
                 return
             support = support_of(self.datamodule, self.dataset("train"), self.bank_images, self.seed)
@@ -283,7 +291,7 @@ class FusionMixin(CalibratedMixin):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out the frozen backbone, and add the state."""
-        if self.trainer.state.fn == TrainerFn.FITTING and self.trainer.should_stop and not self.model.is_ready:
+        if self.trainer.state.fn == TrainerFn.FITTING and self.trainer.should_stop and not is_calibrated(self.model):
             self._calibrate()
             checkpoint["state_dict"] = self.state_dict()
         super().on_save_checkpoint(checkpoint)
@@ -324,7 +332,7 @@ class FusionMixin(CalibratedMixin):
         self._refuse_test_ranges("export")
         if self.state.settings is None:
             self._begin()
-        if not self.model.is_ready:
+        if not is_calibrated(self.model):
             msg = (
                 "The model cannot be exported: its memory bank or ranges are missing. Export after a fit, or from a "
                 f"checkpoint of a finished one{self._or_no_bank}."

@@ -1,8 +1,7 @@
 """What a fitted model holds beside its tensors: settings, the data they are for, and the scored support images.
 
 Memory bank, value ranges, text features and thresholds say by themselves whether they are there: see
-:attr:`MvfaModel.is_ready <anomalib_mvfa.model.torch_model.MvfaModel.is_ready>` and
-:func:`~anomalib_mvfa.model.calibration.thresholds_are_set`.
+:func:`~anomalib_mvfa.model.calibration.is_calibrated` and :func:`~anomalib_mvfa.model.calibration.thresholds_are_set`.
 """
 
 import logging

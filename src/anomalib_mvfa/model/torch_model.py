@@ -203,7 +203,7 @@ class MvfaModel(nn.Module, metaclass=_FromNames):
         Raises:
             ValueError: The images have another size.
         """
-        last = self._last_in_use
+        last = self._last_level()
         adapted = self.seg_adapters.adapt_the_stream
         frozen = self.frozen_tokens(image, first_only=adapted)
         tokens = Tokens([], [])
@@ -229,27 +229,24 @@ class MvfaModel(nn.Module, metaclass=_FromNames):
         text_features: torch.Tensor,
         keep: torch.Tensor | None = None,
     ) -> BranchScores:
-        """Compare features with the text features and the bank.
+        """Compare features with text features ``(E, 2)`` and with the bank, of which support views ``keep`` count.
 
-        Args:
-            tokens: Features of images.
-            text_features: ``(E, 2)``.
-            keep: Which support views ``(N,)`` of the bank count, all by default.
+        By default all ``(N,)`` do.
         """
-        scoring = self.scoring
-        logits = self.logits(tokens, scoring.map_branch, text_features)
-        distance = zero = few = None
-        if scoring.weights.few > 0:
-            distance = self._distance(tokens, scoring.map_branch, keep)
-        if scoring.image_score != "map_max":
-            pooling = scoring.image_score.removeprefix("det_")
-            of_det = logits if scoring.map_branch == "det" else self.logits(tokens, "det", text_features)
-            if of_det is not None:
-                scores = [pool_patches(level.softmax(-1)[..., 1], pooling) for level in of_det.unbind(1)]
-                zero = torch.stack(scores).mean(dim=0)
-            if distance is not None:
-                far = distance if scoring.map_branch == "det" else self._distance(tokens, "det", keep)
-                few = pool_patches(self._upsampled(far).flatten(1), pooling)
+        compared = {
+            branch: (self.logits(tokens, branch, text_features), self._distance(tokens, branch, keep))
+            for branch in self.scoring.branches
+        }
+        logits, distance = compared[self.scoring.map_branch]
+        if self.scoring.image_score == "map_max":
+            return BranchScores(logits, distance, zero=None, few=None)
+        det_logits, det_distance = compared["det"]
+        pooling = self.scoring.image_score.removeprefix("det_")
+        zero = few = None
+        if det_logits is not None:
+            zero = pool_patches(det_logits.softmax(dim=-1)[..., 1], pooling).mean(dim=1)
+        if det_distance is not None:
+            few = pool_patches(self._upsampled(det_distance).flatten(1), pooling)
         return BranchScores(logits, distance, zero, few)
 
     def maps(self, scores: BranchScores) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -288,31 +285,13 @@ class MvfaModel(nn.Module, metaclass=_FromNames):
         """Blocks (from 1) of the levels that are scored."""
         return [self.levels[position] for position in self._scored]
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether bank and value ranges, where they are in use, are there."""
-        if self.scoring.weights.few == 0:
-            return True
-        has_ranges = not (self.scoring.normalised and bool(self.ranges.isnan().any()))
-        return has_ranges and self.bank.filled.issuperset(self.scoring.branches)
-
-    def forget(self) -> None:
-        """Empty bank and value ranges, which hold for the adapters as they were."""
-        if self.bank.filled:
-            self.bank.clear()
-            self.ranges.fill_(torch.nan)
-
     def frozen_tokens(self, image: torch.Tensor, first_only: bool = False) -> list[torch.Tensor]:
-        """Run the backbone alone, as far as :meth:`tokens` does; in training, once for an image that ``cache`` keeps.
+        """Return per level the stream ``(B, L, D)`` of the backbone alone, as far as :meth:`tokens` goes.
 
-        Args:
-            image: As for :meth:`tokens`.
-            first_only: Stop at the first level, behind which adapters change the stream.
-
-        Returns:
-            Per level, the stream ``(B, L, D)`` that no adapter has touched.
+        In training, it is computed once for an image that ``cache`` keeps. With ``first_only`` it ends at the first
+        level, behind which adapters change the stream.
         """
-        ends = self.levels[: 1 if first_only else self._last_in_use + 1]
+        ends = self.levels[: 1 if first_only else self._last_level() + 1]
 
         def compute(new: torch.Tensor) -> list[torch.Tensor]:
             new = _checked(new, self.image_size)
@@ -345,9 +324,7 @@ class MvfaModel(nn.Module, metaclass=_FromNames):
             det_scores.append(pool_patches(logits.softmax(dim=-1)[..., 1], self.pooling))
         return TrainingOutput(seg_maps, det_scores)
 
-    @property
-    def _last_in_use(self) -> int:
-        """Position of the last level that is trained or, in eval mode, scored."""
+    def _last_level(self) -> int:
         return max(self._trained if self.training else self._scored)
 
     def _joint_tokens(self, tokens: Tokens, branch: str, position: int) -> torch.Tensor:
@@ -361,8 +338,10 @@ class MvfaModel(nn.Module, metaclass=_FromNames):
             dim=1,
         )
 
-    def _distance(self, tokens: Tokens, branch: str, keep: torch.Tensor | None) -> torch.Tensor:
-        """Distances ``(B, P)`` of patches to the bank, mean over scored levels."""
+    def _distance(self, tokens: Tokens, branch: str, keep: torch.Tensor | None) -> torch.Tensor | None:
+        """Distances ``(B, P)`` of patches to the bank, mean over scored levels; None without weight."""
+        if self.scoring.weights.few == 0:
+            return None
         return self.bank.distance(branch, self.scored_tokens(tokens, branch), keep)
 
     def _upsampled(self, patches: torch.Tensor) -> torch.Tensor:
