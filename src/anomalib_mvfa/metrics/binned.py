@@ -129,7 +129,8 @@ class BinnedAUPRO(_Binned):
         bins, is_abnormal = bins_of(preds), lesion > 0
         self.normal += torch.bincount(bins[~is_abnormal], minlength=BINS)
         weights = 1 / torch.bincount(lesion).double()  # one over a lesion's pixels
-        self.abnormal += torch.bincount(bins[is_abnormal], weights[lesion[is_abnormal]], minlength=BINS)
+        # Not by bincount, which with weights is not deterministic on CUDA, and raises where that is asked for.
+        self.abnormal.index_add_(0, bins[is_abnormal], weights[lesion[is_abnormal]])
         self.lesions += lesion.max()
 
     def compute(self) -> torch.Tensor:

@@ -14,32 +14,10 @@ BRANCHES = ("seg", "det")
 """Pixel-level and image-level branch."""
 
 
-class Adapter(nn.Module):
-    """Bottleneck of two linear layers; the first one's output is the feature, the second's goes into the stream.
-
-    The parameter names (``fc1.0.weight``, ``fc2.0.weight``) are those of the published adapters.
-
-    Args:
-        width: D.
-        joint_width: E.
-    """
-
-    def __init__(self, width: int, joint_width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Sequential(Linear(width, joint_width, bias=False), nn.LeakyReLU())
-        self.fc2 = nn.Sequential(Linear(joint_width, width, bias=False), nn.LeakyReLU())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the feature ``(B, L, E)``."""
-        return self.fc1(x)
-
-    def to_stream(self, feature: torch.Tensor) -> torch.Tensor:
-        """Return the contribution of a feature ``(B, L, E)`` to the stream ``(B, L, D)``."""
-        return self.fc2(feature)
-
-
 class Projector(nn.Module):
     """A linear layer that reads the stream and leaves it alone (paper, Table 4).
+
+    The parameter names (``fc1.0.weight``, ``fc2.0.weight``) are those of the published adapters.
 
     Args:
         width: D.
@@ -53,6 +31,19 @@ class Projector(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the feature ``(B, L, E)``."""
         return self.fc1(x)
+
+
+class Adapter(Projector):
+    """Bottleneck of two linear layers; the first one's output is the feature, the second's goes into the stream."""
+
+    def __init__(self, width: int, joint_width: int) -> None:
+        super().__init__(width, joint_width)
+        self.fc1.append(nn.LeakyReLU())
+        self.fc2 = nn.Sequential(Linear(joint_width, width, bias=False), nn.LeakyReLU())
+
+    def to_stream(self, feature: torch.Tensor) -> torch.Tensor:
+        """Return the contribution of a feature ``(B, L, E)`` to the stream ``(B, L, D)``."""
+        return self.fc2(feature)
 
 
 class BranchAdapters(nn.ModuleList):
@@ -87,16 +78,12 @@ class BranchAdapters(nn.ModuleList):
 
 
 def add_to_stream(
-    x: torch.Tensor,
-    seg: torch.Tensor,
-    det: torch.Tensor,
-    ratio: float,
-    residual: str = "pair",
+    x: torch.Tensor, seg: torch.Tensor, det: torch.Tensor, ratio: float, residual: str = "pair"
 ) -> torch.Tensor:
-    """Blend both branches into the stream ``(B, L, D)``, class token included.
+    """Blend the contributions of both adapters into the stream ``(B, L, D)``, class token included.
 
     Args:
-        x: Stream ``(B, L, D)``.
+        x: Stream.
         seg: Contribution of the seg adapter.
         det: Contribution of the det adapter.
         ratio: g, the weight of adapters.

@@ -7,7 +7,7 @@ What they do is in :mod:`~anomalib_mvfa.model.calibration`, :mod:`~anomalib_mvfa
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from ..contract import DataFacts, class_name_of, describe, has_label
 from ..data.support import support_of
-from .calibration import (
-    forget_calibration,
-    is_calibrated,
-    reset_thresholds,
-    score_support,
-    set_ranges,
-    set_thresholds,
-    thresholds_are_set,
-)
+from . import calibration
 from .lightning_base import AnomalibMixin, plan_epochs
 from .processing import ThresholdScaledPostProcessor
 from .state import BACKBONE_PREFIX, FitState, Settings, adapt_state_dict
@@ -113,8 +105,8 @@ class CalibratedMixin(AnomalibMixin):
 
     def _forget_calibration(self) -> None:
         """Forget bank, value ranges and thresholds, which hold for the adapters as they were."""
-        forget_calibration(self.model)
-        reset_thresholds(self.post_processor)
+        calibration.forget_calibration(self.model)
+        calibration.reset_thresholds(self.post_processor)
 
     def _calibrate(self) -> None:
         """Compute all that scoring needs and that is not there."""
@@ -129,8 +121,8 @@ class CalibratedMixin(AnomalibMixin):
             self._set_text_features()
             if self.settings.few_shot_weight == 0:
                 return
-            is_ready = is_calibrated(self.model)
-            if is_ready and (thresholds_are_set(self.post_processor) or self.state.support):
+            is_ready = calibration.is_calibrated(self.model)
+            if is_ready and (calibration.thresholds_are_set(self.post_processor) or self.state.support):
                 return
             support = support_of(self.datamodule, self.dataset("train"), self.bank_images, self.seed)
             if support is None and is_ready:
@@ -143,16 +135,16 @@ class CalibratedMixin(AnomalibMixin):
                 )
                 raise RuntimeError(msg)
             with self._scoring_context():
-                self.state.support = score_support(self.model, support, self._preprocess)
+                self.state.support = calibration.score_support(self.model, support, self._preprocess)
             if self.settings.calibration != "none":
-                set_ranges(self.model, (scores for scores, _ in self.state.support))
+                calibration.set_ranges(self.model, (scores for scores, _ in self.state.support))
 
     def _set_thresholds_from_support(self, replace: bool = False) -> None:
         """Let the post-processor find its thresholds on the support, if it has none or they are to be replaced."""
         labels = {item.gt_label.item() for _, item in self.state.support if item.gt_label is not None}
-        is_needed = replace or not thresholds_are_set(self.post_processor)
+        is_needed = replace or not calibration.thresholds_are_set(self.post_processor)
         if is_needed and len(labels) == 2 and isinstance(self.post_processor, PostProcessor):
-            set_thresholds(self.post_processor, self.model, self.state.support)
+            calibration.set_thresholds(self.post_processor, self.model, self.state.support)
 
     @torch.no_grad()
     def _calibrate_on_test(self) -> None:
@@ -165,7 +157,7 @@ class CalibratedMixin(AnomalibMixin):
                     tokens = self.model.tokens(self._preprocess(batch.image))
                     scores = self.model.branch_scores(tokens, self.model.text_features)
                     self._test_scores[loader_idx, batch_idx] = scores
-        set_ranges(self.model, self._test_scores.values())
+        calibration.set_ranges(self.model, self._test_scores.values())
         if self.trainer.world_size > 1:
             ranges = torch.as_tensor(self.all_gather(self.model.ranges))  # (ranks, 2, 2, 2)
             self.model.ranges.copy_(torch.stack([ranges[..., 0].amin(dim=0), ranges[..., 1].amax(dim=0)], dim=-1))
@@ -188,7 +180,6 @@ class CalibratedMixin(AnomalibMixin):
         return transform(image) if transform else image
 
     def _set_text_features(self) -> None:
-        """Encode the class that is scored, unless that is done."""
         if self.model.text_features.isnan().any():
             self.model.text_features.copy_(self._text_features(None))
 
@@ -218,9 +209,7 @@ class FusionMixin(CalibratedMixin):
             plan_epochs(self.trainer, self.max_epochs)
 
     def _log_settings(self) -> None:
-        """Log what is in use, once a checkpoint has been read."""
-        settings = ", ".join(f"{name}={value}" for name, value in asdict(self.settings).items())
-        logger.info("%s settings: %s", type(self).__name__, settings)
+        logger.info("%s: %s", type(self).__name__, self.settings)
 
     # ------------------------------------------------------------------ a fit
 
@@ -267,7 +256,7 @@ class FusionMixin(CalibratedMixin):
         """Build the bank where no fit has, and take the ranges of the test set if so asked."""
         by_test = self.settings.calibration == "test"
         if by_test:
-            reset_thresholds(self.post_processor)  # they were found with other ranges
+            calibration.reset_thresholds(self.post_processor)  # they were found with other ranges
         self._prepare_to_score()
         if by_test:
             self._calibrate_on_test()
@@ -291,7 +280,11 @@ class FusionMixin(CalibratedMixin):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out the frozen backbone, and add the state."""
-        if self.trainer.state.fn == TrainerFn.FITTING and self.trainer.should_stop and not is_calibrated(self.model):
+        if (
+            self.trainer.state.fn == TrainerFn.FITTING
+            and self.trainer.should_stop
+            and not calibration.is_calibrated(self.model)
+        ):
             self._calibrate()
             checkpoint["state_dict"] = self.state_dict()
         super().on_save_checkpoint(checkpoint)
@@ -332,7 +325,7 @@ class FusionMixin(CalibratedMixin):
         self._refuse_test_ranges("export")
         if self.state.settings is None:
             self._begin()
-        if not is_calibrated(self.model):
+        if not calibration.is_calibrated(self.model):
             msg = (
                 "The model cannot be exported: its memory bank or ranges are missing. Export after a fit, or from a "
                 f"checkpoint of a finished one{self._or_no_bank}."
@@ -342,7 +335,6 @@ class FusionMixin(CalibratedMixin):
 
     @property
     def _or_no_bank(self) -> str:
-        """The end of an error about the bank, from a model that can do without one."""
         return ", or set few_shot_weight to 0" if "few_shot_weight" in self.hparams else ""
 
     def _refuse_test_ranges(self, what: str) -> None:

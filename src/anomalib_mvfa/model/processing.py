@@ -13,7 +13,7 @@ CUBIC = -0.5
 
 
 class AntialiasedPreProcessor(PreProcessor):
-    """Squashes images to a square: bicubic, antialiased, in exported models too.
+    """Resizes images to a square, whatever their aspect ratio: bicubic, antialiased, in exported models too.
 
     Anomalib drops the antialiasing on export; on a 512 px film that moved the anomaly map by 0.2.
 
@@ -23,16 +23,16 @@ class AntialiasedPreProcessor(PreProcessor):
 
     def __init__(self, image_size: int) -> None:
         super().__init__(Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC, antialias=True))
-        self.export_transform = Squash(image_size)
+        self.export_transform = AntialiasedResize(image_size)
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Restore the transform of a checkpoint, antialiased on export as well."""
         super().load_checkpoint_config(config)
         if isinstance(self.transform, Resize):  # another pre-processor's transform exports as anomalib does it
-            self.export_transform = Squash(self.transform.size[0])
+            self.export_transform = AntialiasedResize(self.transform.size[0])
 
 
-class Squash(nn.Module):
+class AntialiasedResize(nn.Module):
     """The pre-processor's resize, as products with matrices: OpenVINO's own cubic resize ignores antialiasing.
 
     Args:
@@ -69,12 +69,7 @@ class ThresholdScaledPostProcessor(PostProcessor):
     """
 
     @staticmethod
-    def _normalize(
-        preds: torch.Tensor | None,
-        norm_min: torch.Tensor,
-        norm_max: torch.Tensor,
-        threshold: torch.Tensor,
-    ) -> torch.Tensor | None:
+    def _normalize(preds: Tensor | None, norm_min: Tensor, norm_max: Tensor, threshold: Tensor) -> Tensor | None:
         del norm_min, norm_max
         if preds is None:
             return None
