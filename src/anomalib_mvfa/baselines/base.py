@@ -3,6 +3,7 @@
 Axes: B images, H = W image size.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,9 +13,11 @@ from anomalib.models.components import TimmFeatureExtractor
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.v2.functional import normalize
 
-from ..contract import DataFacts, describe
+from ..contract import describe
 from ..model.lightning_base import AnomalibMixin, plan_epochs
 from ..model.weight_files import first_line
+
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 
 class TrainedBaseline(AnomalibMixin):
@@ -24,20 +27,21 @@ class TrainedBaseline(AnomalibMixin):
         learning_rate: Learning rate of Adam.
         max_epochs: Epochs to train, unless the trainer is told otherwise.
         seed: Seed of all random choices.
+        normal_only_warning: What a warning says of training data without abnormal images.
     """
 
     learning_rate: float
     max_epochs: int
     seed: int
+    normal_only_warning = ""
 
     def setup(self, stage: str) -> None:
         """Choose how long to train, and look at what there is to learn from."""
         if stage == "fit":
             plan_epochs(self.trainer, self.max_epochs)
-            self.check_data(describe(self.datamodule, self.dataset("train")))
-
-    def check_data(self, facts: DataFacts) -> None:
-        """Raise an error for data that cannot be learnt from, and warn of those that teach less."""
+            self.facts = describe(self.datamodule, self.dataset("train"))
+            if self.facts.normal_only and self.normal_only_warning:
+                logger.warning("The training data hold no abnormal image: %s", self.normal_only_warning)
 
     @property
     def epochs(self) -> int:
@@ -56,18 +60,9 @@ def standardise(image: torch.Tensor) -> torch.Tensor:
 
 
 def timm_features(
-    backbone: str,
-    layers: Sequence[str | int],
-    pre_trained: bool,
-    requires_grad: bool = False,
+    backbone: str, layers: Sequence[str | int], pre_trained: bool, requires_grad: bool = False
 ) -> TimmFeatureExtractor:
-    """Return anomalib's extractor of features of a network.
-
-    Args:
-        backbone: Timm's name of a convolutional network.
-        layers: Layers of the network, by timm's names or numbers.
-        pre_trained: Whether to use timm's weights in place of random ones.
-        requires_grad: Whether the network is trained.
+    """Return anomalib's extractor of features of a convolutional network, at layers by timm's names or numbers.
 
     Raises:
         ValueError: The network has no such layer.

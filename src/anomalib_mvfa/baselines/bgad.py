@@ -4,7 +4,6 @@ Axes: B images, D channels, H = W image size, h = w positions of features, N pos
 positional encodings, l level.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,13 +18,9 @@ from torch import nn
 from torch.nn.functional import interpolate, logsigmoid
 
 from ..arguments import DEFAULT_PRETRAINED, check_arguments, documented
-from ..contract import DataFacts
 from .base import TrainedBaseline, drawn_from, standardise, timm_features
 
-logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
-
-NORMALIZER = 10.0
-"""Unit of log-likelihoods per channel, in which a margin is measured; the authors'."""
+NORMALIZER = 10.0  # the authors' unit of log-likelihoods per channel, in which margins are measured
 
 
 def likelihood_loss(log_likelihood: torch.Tensor, abnormal: torch.Tensor) -> torch.Tensor:
@@ -37,7 +32,7 @@ def likelihood_loss(log_likelihood: torch.Tensor, abnormal: torch.Tensor) -> tor
 def boundary_loss(
     log_likelihood: torch.Tensor, abnormal: torch.Tensor, boundary_share: float, margin: float
 ) -> torch.Tensor:
-    """Semi-push-pull loss: mean distance of the normal positions on the wrong side of the boundary, and of abnormal ones.
+    """Semi-push-pull loss: mean distances to the boundary of the normal and the abnormal positions beyond it.
 
     Positions on the right side count nothing, whatever their distance. Distances are in units of `NORMALIZER`.
 
@@ -144,6 +139,10 @@ class Bgad(TrainedBaseline, AnomalibModule):
     """
 
     IMAGE_SIZE = 256
+    normal_only_warning = (
+        "BGAD learns the likelihood of normal features alone, and no boundary. Use a FewShot datamodule on data with "
+        "masks."
+    )
     model: BgadModel
 
     def __init__(
@@ -186,27 +185,12 @@ class Bgad(TrainedBaseline, AnomalibModule):
         self.max_epochs = max_epochs
         self.seed = seed
 
-    def check_data(self, facts: DataFacts) -> None:
-        """Refuse several devices and anomalies without masks, and warn of data without anomalies."""
-        if self.trainer.world_size > 1:
+    def setup(self, stage: str) -> None:
+        """Choose how long to train, and refuse several devices."""
+        super().setup(stage)
+        if stage == "fit" and self.trainer.world_size > 1:
             msg = f"Bgad trains on one device, and there are {self.trainer.world_size}. Set devices to 1."
             raise ValueError(msg)
-        if facts.normal_only:
-            logger.warning(
-                "The training data hold no abnormal image: BGAD learns the likelihood of normal features alone, and no "
-                "boundary. Use a FewShot datamodule on data with masks."
-            )
-        elif not facts.has_masks:
-            self._refuse_missing_masks(facts.class_name)
-
-    @staticmethod
-    def _refuse_missing_masks(name: str) -> None:
-        msg = (
-            f"Bgad learns abnormal positions from masks, and the data of {name} have none. Choose data with masks (of "
-            "BMAD: Brain, Liver or Retina_RESC), normal images alone (abnormal_shots=0), or a method that learns from "
-            "labels (Dra, AprilGan, Mvfa)."
-        )
-        raise ValueError(msg)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return Adam over the flows, and its schedule."""
@@ -223,7 +207,12 @@ class Bgad(TrainedBaseline, AnomalibModule):
         del args, kwargs
         image = torch.as_tensor(batch.image)
         if batch.gt_mask is None and torch.as_tensor(batch.gt_label).any():
-            self._refuse_missing_masks("a batch")
+            msg = (
+                f"Bgad learns abnormal positions from masks, and the data of {self.facts.class_name} have none. Choose "
+                "data with masks (of BMAD: Brain, Liver or Retina_RESC), normal images alone (abnormal_shots=0), or a "
+                "method that learns from labels (Dra, AprilGan, Mvfa)."
+            )
+            raise ValueError(msg)
         mask = image.new_zeros(len(image), *image.shape[-2:]) if batch.gt_mask is None else batch.gt_mask
         order = self.step_rng(batch_idx)
         losses = []

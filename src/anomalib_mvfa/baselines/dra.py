@@ -3,8 +3,7 @@
 Axes: B images, D channels, H = W image size, h = w positions of features, s scale.
 """
 
-import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,23 +17,14 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
 
 from ..arguments import DEFAULT_PRETRAINED, check_arguments, documented
-from ..contract import DataFacts
 from .base import TrainedBaseline, drawn_from, standardise, timm_features
 
-logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
-
-MARGIN = 5.0
-"""Least deviation of anomalies, in standard deviations of the prior."""
-NORMAL, SEEN, PSEUDO = 0, 1, 2
-"""Kinds of training images; the first two are anomalib's labels."""
-SCALES = 2
-"""Number of scales of an image: as it is, and halved."""
-STRIDE = 32
-"""Pixels of an image to a position of the last features."""
-HIDDEN = 256
-"""Width of the normality head."""
-AREA, ASPECT = (0.02, 0.15), (0.3, 3.3)
-"""Bounds of a pasted patch's share of the image, and of its height by width."""
+MARGIN = 5.0  # least deviation of anomalies, in standard deviations of the prior
+NORMAL, SEEN, PSEUDO = 0, 1, 2  # kinds of training images; the first two are anomalib's labels
+SCALES = 2  # of an image: as it is, and halved
+STRIDE = 32  # pixels of an image to a position of the last features
+HIDDEN = 256  # width of the normality head
+AREA, ASPECT = (0.02, 0.15), (0.3, 3.3)  # bounds of a pasted patch's share of the image, and of its height by width
 
 
 def deviation_loss(score: torch.Tensor, abnormal: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -68,15 +58,6 @@ def cut_mix(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         (top, left), (y, x) = rng.integers(0, (height - h + 1, width - w + 1), size=(2, 2))
         pasted[row, :, y : y + h, x : x + w] = source[:, top : top + h, left : left + w]
     return pasted
-
-
-class HeadScores(NamedTuple):
-    """What the heads make of a batch: the first one of whole images ``(B,)``, the others per scale ``(B, h, w)``."""
-
-    normality: torch.Tensor
-    seen: list[torch.Tensor]
-    pseudo: list[torch.Tensor]
-    residual: list[torch.Tensor]
 
 
 class NormalityHead(nn.Module):
@@ -145,14 +126,14 @@ class DraModel(DynamicBufferMixin):
         if not self.reference_0.numel():
             msg = "The model has no reference features yet. Fit it, or load a checkpoint of a finished fit."
             raise RuntimeError(msg)
-        heads = self.head_scores(self.features(image), [self.reference_0, self.reference_1])
-        normality, *others = self.image_scores(heads)
+        normality, *heads = self.head_scores(self.features(image), [self.reference_0, self.reference_1])
+        pred_score = sum(map(self.image_score, heads)) - normality
         maps = [
             interpolate(patches.unsqueeze(1), size=image.shape[-2:], mode="bilinear").squeeze(1)
-            for head in (heads.seen, heads.pseudo, heads.residual)
+            for head in heads
             for patches in head
         ]
-        return InferenceBatch(pred_score=sum(others) - normality, anomaly_map=torch.stack(maps).sum(dim=0) / SCALES)
+        return InferenceBatch(pred_score=pred_score, anomaly_map=torch.stack(maps).sum(dim=0) / SCALES)
 
     def features(self, image: torch.Tensor) -> list[torch.Tensor]:
         """Return per scale features ``(B, D, h, w)`` of images in [0, 1]."""
@@ -160,20 +141,22 @@ class DraModel(DynamicBufferMixin):
         scaled = [avg_pool2d(image, 2**scale) if scale else image for scale in range(SCALES)]
         return [next(iter(self.backbone(image).values())) for image in scaled]
 
-    def head_scores(self, features: list[torch.Tensor], references: list[torch.Tensor]) -> HeadScores:
-        """Return all heads' scores of features ``(B, D, h, w)`` with references ``(D, h, w)``, each per scale."""
-        pairs = list(zip(features, references, strict=True))
-        return HeadScores(
-            normality=torch.stack([self.normality_head(x) for x, _ in pairs]).mean(dim=0),
-            seen=[self.seen_head(x) for x, _ in pairs],
-            pseudo=[self.pseudo_head(x) for x, _ in pairs],
-            residual=[self.residual_head(reference - x) for x, reference in pairs],
+    def head_scores(self, features: list[torch.Tensor], references: list[torch.Tensor]) -> tuple[Any, ...]:
+        """Return all heads' scores of features ``(B, D, h, w)`` with references ``(D, h, w)``, each per scale.
+
+        Returns:
+            Normality of images ``(B,)``; seen, pseudo and residual anomaly of positions, per scale ``(B, h, w)``.
+        """
+        return (
+            torch.stack([self.normality_head(x) for x in features]).mean(dim=0),
+            [self.seen_head(x) for x in features],
+            [self.pseudo_head(x) for x in features],
+            [self.residual_head(reference - x) for x, reference in zip(features, references, strict=True)],
         )
 
-    def image_scores(self, heads: HeadScores) -> list[torch.Tensor]:
-        """Return every head's image scores ``(B,)``, means over scales, in the order of `HeadScores`."""
-        pooled = [[top_mean(patches, self.top_share) for patches in head] for head in heads[1:]]
-        return [heads.normality, *(torch.stack(scores).mean(dim=0) for scores in pooled)]
+    def image_score(self, patches: list[torch.Tensor]) -> torch.Tensor:
+        """Return the scores ``(B,)`` of images by a head's scores of positions, per scale ``(B, h, w)``."""
+        return torch.stack([top_mean(scale, self.top_share) for scale in patches]).mean(dim=0)
 
     def loss(self, image: torch.Tensor, kind: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         """Return the sum of the heads' losses, a scalar.
@@ -185,8 +168,8 @@ class DraModel(DynamicBufferMixin):
         """
         both = self.features(torch.cat([reference, image]))  # in one pass, so that batch norm treats them alike
         references = [x[: len(reference)].mean(dim=0) for x in both]
-        heads = self.head_scores([x[len(reference) :] for x in both], references)
-        normality, seen, pseudo, residual = self.image_scores(heads)
+        normality, *heads = self.head_scores([x[len(reference) :] for x in both], references)
+        seen, pseudo, residual = map(self.image_score, heads)
         everything = torch.ones_like(kind, dtype=torch.bool)
         return (
             deviation_loss(normality, kind == NORMAL, everything)
@@ -223,6 +206,10 @@ class Dra(TrainedBaseline, AnomalibModule):
     """
 
     IMAGE_SIZE = 448
+    normal_only_warning = (
+        "DRA learns from normal and pseudo-abnormal images alone, and its head of seen anomalies learns nothing. Use a "
+        "FewShot datamodule to learn from labelled images."
+    )
     model: DraModel
 
     def __init__(
@@ -253,14 +240,6 @@ class Dra(TrainedBaseline, AnomalibModule):
         self.max_epochs = max_epochs
         self.seed = seed
         self._reference_images = torch.empty(0)
-
-    def check_data(self, facts: DataFacts) -> None:
-        """Warn of data without labelled anomalies."""
-        if facts.normal_only:
-            logger.warning(
-                "The training data hold no abnormal image: DRA learns from normal and pseudo-abnormal images alone, "
-                "and its head of seen anomalies learns nothing. Use a FewShot datamodule to learn from labelled images."
-            )
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return Adam over everything, and a schedule of three steps."""

@@ -31,16 +31,13 @@ from .clip import FrozenMixin, FrozenModel
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
-PUBLISHED = {
+PUBLISHED = {  # where MedCLIP's own code downloads weights from, by timm's name of the image tower
     "resnet50": "https://storage.googleapis.com/pytrial/medclip-pretrained.zip",
     "swin_tiny_patch4_window7_224": "https://storage.googleapis.com/pytrial/medclip-vit-pretrained.zip",
 }
-"""Where the weights are that MedCLIP's own code downloads, by timm's name of the image tower."""
-MEMBER = "pytorch_model.bin"
-"""File with the state dict in these archives."""
+MEMBER = "pytorch_model.bin"  # file with the state dict in these archives
 STAGES = 4
-MEAN, STD = 0.5862785803043838, 0.27950088968644304
-"""Mean and standard deviation of MedCLIP's images, in every channel."""
+MEAN, STD = 0.5862785803043838, 0.27950088968644304  # of MedCLIP's images, in every channel
 
 _TOWERS = ("vision_model.model.", "model.", "swin.")  # what precedes the image tower's names, in any form
 _HEADS = ("projection_head.", "fc.", "head.", "classifier.")

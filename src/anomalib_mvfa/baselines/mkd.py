@@ -3,8 +3,6 @@
 Axes: B images, H = W image size.
 """
 
-from pathlib import Path
-
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.metrics import Evaluator
@@ -19,14 +17,10 @@ from ..arguments import DEFAULT_PRETRAINED, check_arguments, check_choice, docum
 from .base import TrainedBaseline, loading_weights
 
 BACKBONES = ("vgg11", "vgg13", "vgg16", "vgg19")
-NARROW = 16
-"""Channels of the student's convolutions that are not compared with the teacher's."""
-SCORED = 3
-"""Number of blocks, the last ones, that make up a score; in training the second one counts too."""
-SIGMA = 4
-"""Standard deviation of the blur of maps, in pixels."""
-MIN_SIZE = 32
-"""Smallest height and width of images, which five poolings halve."""
+NARROW = 16  # channels of the student's convolutions that are not compared with the teacher's
+SCORED = 3  # number of blocks, the last ones, that make up a score; in training the second one counts too
+SIGMA = 4  # standard deviation of the blur of maps, in pixels
+MIN_SIZE = 32  # smallest height and width of images, which five poolings halve
 
 
 def discrepancy(student: torch.Tensor, teacher: torch.Tensor, value_weight: float) -> torch.Tensor:
@@ -55,15 +49,11 @@ class MkdModel(nn.Module):
     Args:
         teacher: Layers of a VGG without batch normalisation.
         value_weight: Weight of the squared difference beside the cosine.
-
-    Attributes:
-        localises: Whether there is a map beside the score; it takes a gradient, which exported graphs cannot.
     """
 
     def __init__(self, teacher: nn.Sequential, value_weight: float) -> None:
         super().__init__()
         self.value_weight = value_weight
-        self.localises = True
         self.teacher = _blocks(teacher).requires_grad_(False)
         self.student = _student(self.teacher)
         self.blur = GaussianBlur2d(sigma=SIGMA)
@@ -75,12 +65,12 @@ class MkdModel(nn.Module):
             image: RGB in [0, 1], ``(B, 3, H, W)``; overshoots of the resize are clamped.
 
         Returns:
-            In train mode the loss of every image; in eval mode ``pred_score`` ``(B,)`` and ``anomaly_map``
-            ``(B, H, W)``.
+            In train mode the loss of every image; in eval mode ``pred_score`` ``(B,)`` and, but for exported graphs,
+            which cannot take a gradient, ``anomaly_map`` ``(B, H, W)``.
         """
         if self.training:
             return torch.stack(self.losses(image.clamp(0, 1))).sum(dim=0)
-        if not self.localises:
+        if torch.compiler.is_exporting():
             return InferenceBatch(pred_score=self.score(image.clamp(0, 1)))
         with torch.inference_mode(False), torch.enable_grad():  # Lightning tests without gradients
             image = image.detach().clamp(0, 1).requires_grad_()
@@ -190,11 +180,3 @@ class Mkd(TrainedBaseline, AnomalibModule):
         loss = self.model(batch.image).mean()
         self.log_loss(loss, batch)
         return loss
-
-    def to_onnx(self, *args, **kwargs) -> Path:  # noqa: ANN002, ANN003
-        """Export without the map; OpenVINO's export passes through here too."""
-        self.model.localises = False
-        try:
-            return super().to_onnx(*args, **kwargs)
-        finally:
-            self.model.localises = True

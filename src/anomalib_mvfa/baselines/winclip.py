@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import LabelName
 from anomalib.metrics import Evaluator
 from anomalib.models import WinClip
@@ -26,8 +25,7 @@ from ..contract import DEFAULT_CLASS_NAME, class_name_of_data
 from ..data.support import support_of
 from ..model.backbone import ClipBackbone
 
-IMAGE_SIZE = 240
-"""Height and width that anomalib's pre-processor for WinCLIP makes."""
+IMAGE_SIZE = 240  # height and width that anomalib's pre-processor for WinCLIP makes
 
 
 @documented
@@ -74,17 +72,14 @@ class WinClipBaseline(WinClip):
         self.few_shot_source = None
         self.is_setup = False
 
-    @property
-    def _datamodule(self) -> AnomalibDataModule | None:
-        return getattr(self._trainer, "datamodule", None)
-
     def _get_class_name(self) -> str:
-        return self.class_name or class_name_of_data(self._datamodule) or DEFAULT_CLASS_NAME
+        return self.class_name or class_name_of_data(getattr(self._trainer, "datamodule", None)) or DEFAULT_CLASS_NAME
 
     def collect_reference_images(self, dataloader: DataLoader) -> torch.Tensor:
         """Return reference images ``(K, 3, H, W)``, processed as images to be scored are."""
         del dataloader  # in an order of its own, and with abnormal images where the data have some to learn from
-        views: Any = support_of(self._datamodule, None, self.k_shot, getattr(self._datamodule, "seed", None) or 0)
+        data = getattr(self._trainer, "datamodule", None)
+        views: Any = support_of(data, None, self.k_shot, getattr(data, "seed", None) or 0)
         # The first views are the images themselves.
         items = [views[row] for row in range(len(views.samples))] if views is not None else []
         normal = [item.image for item in items if item.gt_label == LabelName.NORMAL]
