@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import open_clip
 import torch
+from torch import nn
+from torchvision.models.vgg import cfgs, make_layers
 
 SIDE = 14
 """Of a patch, in pixels."""
@@ -59,6 +61,17 @@ TINY = Clip(
     levels=(1, 2, 3, 4),
 )
 """Smaller still, for tests that need no figures."""
+
+WINDOWS = Clip(
+    {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 240, "layers": 2, "width": 64, "head_width": 16, "patch_size": 60},
+        "text_cfg": {**TEXT, "width": 16, "heads": 2, "layers": 1},
+    },
+    image_size=240,
+    levels=(1, 2),
+)
+"""For WinCLIP: 4 x 4 patches, so 9 windows of 2 x 2, and 4 of 3 x 3."""
 
 
 # ---------------------------------------------------------------------- arrays
@@ -117,6 +130,18 @@ def clip_weights(clip: Clip) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         parameters = open_clip.CLIP(**clip.config).state_dict()
     return {name: weight(name, tuple(value.shape)) for name, value in parameters.items()}
+
+
+def vgg_features(backbone: str = "vgg11", pre_trained: bool = False) -> nn.Sequential:
+    """Return the layers of a random VGG-11 before its classifier, which is most of it."""
+    assert (backbone, pre_trained) == ("vgg11", False)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        layers = make_layers(cfgs["A"])
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight)  # torch's own default fades from layer to layer
+    return layers
 
 
 def adapter_weights(clip: Clip) -> dict[str, dict[str, torch.Tensor]]:

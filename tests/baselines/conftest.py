@@ -8,7 +8,7 @@ from anomalib.engine import Engine
 
 import by_hand
 from anomalib_mvfa import BMADFewShot
-from anomalib_mvfa.model.torch_model import SupportViews
+from anomalib_mvfa.model.calibration import SupportBatch
 from recipe import TINY, images
 
 SIZE = TINY.image_size
@@ -42,7 +42,7 @@ def views(pictures):
     """Return the support in one batch of its images and one of their mirror images."""
     image = torch.cat([pictures["normal"], pictures["abnormal"]])
     label, source = torch.tensor([0, 0, 1, 1]), list("abcd")
-    return [SupportViews(image, label, source), SupportViews(image.flip(-1), label, source)]
+    return [SupportBatch(image, label, source), SupportBatch(image.flip(-1), label, source)]
 
 
 @pytest.fixture

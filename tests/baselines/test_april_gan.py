@@ -10,6 +10,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 import by_hand
 from anomalib_mvfa import AprilGan, BMADLeaveOneOut, Clip
 from anomalib_mvfa.baselines.april_gan import AprilGanModel
+from anomalib_mvfa.compare.level_maps import level_maps
+from anomalib_mvfa.model.calibration import fill_bank
 from anomalib_mvfa.model.fusion import Weights
 from anomalib_mvfa.model.losses import MvfaLoss, dice_loss, focal_loss
 from anomalib_mvfa.model.torch_model import Scoring
@@ -22,7 +24,7 @@ LABELS = torch.tensor([0, 1, 1])
 
 @pytest.fixture
 def model(tiny_config):
-    model = AprilGanModel(str(tiny_config), None, SIZE).eval()
+    model = AprilGan(str(tiny_config), None, SIZE, visualizer=False).model.eval()
     features = torch.randn(TINY.config["embed_dim"], 2, generator=torch.Generator().manual_seed(1))
     model.text_features.copy_(torch.nn.functional.normalize(features, dim=0))
     return model
@@ -51,9 +53,9 @@ def projected(model, levels, branch):
 @pytest.mark.parametrize("map_branch", ["seg", "det"])
 @pytest.mark.parametrize("image_score", ["map_max", "det_mean"])
 def test_scores(model, stream, views, pictures, weights, map_branch, image_score):
-    model.scoring = Scoring(map_branch, image_score, weights, ranged=False)
+    model.scoring = Scoring(map_branch, image_score, weights, normalised=False)
     if weights.few:
-        model.memorise(views)
+        fill_bank(model, views)
     found = model(pictures["query"])
 
     text = model.text_features
@@ -72,19 +74,19 @@ def test_scores(model, stream, views, pictures, weights, map_branch, image_score
 
 @torch.no_grad()
 def test_the_bank_holds_the_frozen_stream_and_finds_its_own_rows(model, stream, views, pictures):
-    model.memorise(views)
+    fill_bank(model, views)
     rows = torch.stack(stream(model, torch.cat([pictures["normal"], pictures["normal"].flip(-1)])))
     assert (model.bank.seg - by_hand.unit(rows).flatten(1, 2)).abs().max() < 1e-5  # (l, M, D)
-    model.scoring = Scoring("seg", "map_max", Weights(0.0, 1.0), ranged=False)
+    model.scoring = Scoring("seg", "map_max", Weights(0.0, 1.0), normalised=False)
     assert model(pictures["normal"]).anomaly_map.max() < 1e-6
     assert model(pictures["abnormal"]).anomaly_map.max() > 1e-4
 
 
 @torch.no_grad()
 def test_level_maps_are_those_of_each_level_alone(model, stream, views, pictures):
-    model.scoring = Scoring("seg", "map_max", BOTH, ranged=False)
-    model.memorise(views)
-    found = model.level_maps(pictures["query"])
+    model.scoring = Scoring("seg", "map_max", BOTH, normalised=False)
+    fill_bank(model, views)
+    found = level_maps(model, pictures["query"])
     query = stream(model, pictures["query"])
     bank = stream(model, torch.cat([pictures["normal"], pictures["normal"].flip(-1)]))
     for level, feature in enumerate(projected(model, query, "seg")):
@@ -129,7 +131,7 @@ def test_batches_without_masks_have_no_seg_loss(model, pictures):
 
 
 def test_layers_start_from_the_seed(tiny_config):
-    one, same, other = (AprilGanModel(str(tiny_config), None, SIZE, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (AprilGan(str(tiny_config), None, SIZE, seed=seed).model for seed in (0, 0, 1))
     for branch in ("seg_adapters", "det_adapters"):
         first, second, third = (
             torch.cat([p.flatten() for p in getattr(m, branch).parameters()]) for m in (one, same, other)
@@ -151,12 +153,7 @@ def test_few_shot_trains_the_layers_only(make, few_shot, engine):
     assert len(layers) == 16
     assert layers <= moved
     assert not any("backbone" in key for key in moved)
-
-    figures = runner.test(model, datamodule=few_shot(), verbose=False)[0]
-    loaded = AprilGan.load_from_checkpoint(runner.best_model_path, visualizer=False)
-    assert loaded.settings == model.settings
-    assert engine().test(loaded, datamodule=few_shot(), verbose=False)[0] == pytest.approx(figures, abs=1e-6)
-    with pytest.raises(RuntimeError, match=r"^This is no checkpoint of Clip\.$"):
+    with pytest.raises(RuntimeError, match=r"^This is no checkpoint of this version's Clip"):
         Clip.load_from_checkpoint(runner.best_model_path, visualizer=False)
     with pytest.raises(RuntimeError, match="fingerprint"):
         AprilGan.load_from_checkpoint(runner.best_model_path, pretrained=None, visualizer=False)
@@ -169,10 +166,10 @@ def test_data_without_masks_leave_the_seg_layers_as_they_are(make, few_shot, eng
     after = model.state_dict()
     moved = {key for key, value in before.items() if not torch.equal(value, after[key])}
     assert moved == {key for key in before if "det_adapters" in key}
-    assert (model.settings["map_branch"], model.settings["image_score"]) == ("det", "det_mean")
+    assert (model.settings.map_branch, model.settings.image_score) == ("det", "det_mean")
 
 
-def test_leave_one_out_has_no_bank_and_trains_with_each_noun(make, categories, engine, monkeypatch):
+def test_leave_one_out_has_no_bank_and_trains_with_each_class_name(make, categories, engine, monkeypatch):
     model, asked = make(), []
     encode = AprilGanModel.encode_states
     monkeypatch.setattr(AprilGanModel, "encode_states", lambda self, name: asked.append(name) or encode(self, name))
@@ -180,25 +177,12 @@ def test_leave_one_out_has_no_bank_and_trains_with_each_noun(make, categories, e
     engine().train(model, datamodule=data)
     assert set(asked) == {"Chest X-ray film", "Brain"}
     assert model.model.bank.seg.numel() == model.model.bank.det.numel() == 0
-    assert model.settings["learning_rate"] == 1e-4
+    assert model.settings.learning_rate == 1e-4
     torch.testing.assert_close(model.model.text_features, model.model.encode_states("Brain"))
 
 
-@pytest.mark.parametrize(("given", "noun"), [(None, "Brain"), ("head", "head")])
-def test_noun_is_that_of_the_data_unless_given(make, few_shot, engine, given, noun):
+@pytest.mark.parametrize(("given", "class_name"), [(None, "Brain"), ("head", "head")])
+def test_class_name_is_that_of_the_data_unless_given(make, few_shot, engine, given, class_name):
     model = make(class_name=given)
     engine().test(model, datamodule=few_shot(), verbose=False)
-    torch.testing.assert_close(model.model.text_features, model.model.encode_states(noun))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ({"calibration": "train"}, "support, none, test"),
-        ({"learning_rate": -1.0}, "learning_rate=-1.0 must be at least 0"),
-        ({"max_epochs": 0}, "max_epochs=0 must be at least 1"),
-    ],
-)
-def test_unknown_values_are_refused_before_weights_load(arguments, named):
-    with pytest.raises(ValueError, match=named):
-        AprilGan(backbone="no such backbone", **arguments)
+    torch.testing.assert_close(model.model.text_features, model.model.encode_states(class_name))

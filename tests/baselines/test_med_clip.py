@@ -8,7 +8,8 @@ import torch
 from torch.nn.functional import interpolate, normalize
 
 from anomalib_mvfa import MedClip
-from anomalib_mvfa.baselines.med_clip import _SWIN_NAMES, MEAN, STD, MedClipModel, tower_state
+from anomalib_mvfa.baselines.med_clip import _SWIN_NAMES, MEAN, STD, tower_state
+from anomalib_mvfa.model.calibration import fill_bank
 from anomalib_mvfa.model.fusion import Weights
 from anomalib_mvfa.model.torch_model import Scoring
 
@@ -18,7 +19,7 @@ SIZE = 56
 
 @pytest.fixture(scope="module")
 def model():
-    return MedClipModel("resnet18", None, SIZE)
+    return MedClip("resnet18", None, SIZE, visualizer=False).model
 
 
 def stages_of(model, image):
@@ -34,8 +35,8 @@ def stages_of(model, image):
 
 @torch.no_grad()
 def test_distances_are_means_over_stages_on_the_finest_grid(model, views, pictures):
-    model.scoring = Scoring("seg", "map_max", Weights(0.0, 1.0), ranged=False)
-    model.memorise(views)
+    model.scoring = Scoring("seg", "map_max", Weights(0.0, 1.0), normalised=False)
+    fill_bank(model, views)
     bank = stages_of(model, torch.cat([pictures["normal"], pictures["normal"].flip(-1)]))
     maps = []
     for query, rows in zip(stages_of(model, pictures["query"]), bank, strict=True):
@@ -55,7 +56,7 @@ def test_distances_are_means_over_stages_on_the_finest_grid(model, views, pictur
 def test_nothing_learns_and_random_weights_are_a_function_of_the_name(model):
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model.train().backbone.training
-    other = MedClipModel("resnet18", None, 2 * SIZE)
+    other = MedClip("resnet18", None, 2 * SIZE, visualizer=False).model
     assert other.backbone.fingerprint == model.backbone.fingerprint
 
 
@@ -93,7 +94,7 @@ def test_medclips_resnet_comes_in_the_form_of_torchvision(tmp_path, model):
     with zipfile.ZipFile(tmp_path / "medclip.zip", "w") as archive:
         archive.write(tmp_path / "pytorch_model.bin", "pytorch_model.bin")
     for name in ("pytorch_model.bin", "medclip.zip"):
-        loaded = MedClipModel("resnet18", str(tmp_path / name), SIZE).backbone
+        loaded = MedClip("resnet18", str(tmp_path / name), SIZE, visualizer=False).model.backbone
         assert torch.equal(loaded.network.layer3[0].conv1.weight, source.layer3[0].conv1.weight)
         assert loaded.fingerprint != model.backbone.fingerprint
 
@@ -117,18 +118,3 @@ def test_names_of_transformers_become_timms():
 def test_mistakes_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         MedClip(**{"backbone": "resnet18", "pretrained": None, "image_size": SIZE, "visualizer": False, **arguments})
-
-
-@pytest.mark.parametrize("category", ["Brain", "Chest"])
-def test_it_fits_tests_and_comes_back_from_a_checkpoint(engine, few_shot, category, tmp_path):
-    arguments = {"backbone": "resnet18", "pretrained": None, "image_size": SIZE, "visualizer": False}
-    model = MedClip(**arguments)
-    build = engine(devices=1)
-    build.fit(model, datamodule=few_shot(category))
-    assert build.trainer.current_epoch == 1
-    (before,) = build.test(model, datamodule=few_shot(category), verbose=False)
-    assert ("pixel_AUROC" in before) == (category == "Brain")
-    build.trainer.save_checkpoint(tmp_path / "model.ckpt")
-    loaded = MedClip.load_from_checkpoint(tmp_path / "model.ckpt")
-    (after,) = engine(devices=1).test(loaded, datamodule=few_shot(category), verbose=False)
-    assert after == pytest.approx(before, abs=1e-6)

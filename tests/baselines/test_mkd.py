@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from anomalib import LearningType
 from scipy.ndimage import gaussian_filter, grey_opening
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
@@ -16,7 +15,7 @@ from anomalib_mvfa import BMADOneClass, Mkd
 from anomalib_mvfa.baselines import mkd
 from anomalib_mvfa.baselines.mkd import MkdModel, discrepancy, opening
 from anomalib_mvfa.compare.weights import Origin, build_model
-from recipe import images, lesioned
+from recipe import images, lesioned, vgg_features
 
 SIZE = 64
 CROSS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]])
@@ -24,25 +23,13 @@ CROSS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]])
 
 @pytest.fixture(autouse=True)
 def small_teacher(monkeypatch):
-    """Make VGG-11 without its classifier, which is most of it."""
-
-    def features(backbone, pre_trained):
-        assert (backbone, pre_trained) == ("vgg11", False)
-        with torch.random.fork_rng():
-            torch.manual_seed(3)
-            layers = make_layers(cfgs["A"])
-            for layer in layers:
-                if isinstance(layer, nn.Conv2d):
-                    nn.init.kaiming_normal_(layer.weight)  # torch's own default fades from layer to layer
-        return layers
-
-    monkeypatch.setattr(mkd, "_features", features)
+    monkeypatch.setattr(mkd, "_features", vgg_features)
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return MkdModel("vgg11", pre_trained=False, value_weight=0.3).eval()
+    return MkdModel(vgg_features(), value_weight=0.3).eval()
 
 
 @pytest.fixture
@@ -131,19 +118,6 @@ def test_a_student_that_equals_its_teacher_finds_nothing(model):
     assert model.train()(other).abs().max() < 1e-5
 
 
-def test_score_depends_on_no_other_image(model):
-    image = images("mkd", 3, SIZE)
-    together, alone = model(image), model(image[1:2])
-    torch.testing.assert_close(together.pred_score[1:2], alone.pred_score)
-    torch.testing.assert_close(together.anomaly_map[1:2], alone.anomaly_map)
-
-
-def test_overshoots_of_the_resize_are_clamped(model):
-    image = images("mkd", 1, SIZE)
-    beyond = torch.where(image > 0.8, 1.2, image)
-    assert torch.equal(model(beyond).pred_score, model(beyond.clamp(0, 1)).pred_score)
-
-
 def test_opening():
     maps = torch.rand(2, 1, 12, 9, generator=torch.Generator().manual_seed(0))
     expected = np.stack([grey_opening(one[0], footprint=CROSS) for one in maps.numpy()])[:, None]
@@ -200,25 +174,15 @@ def test_a_lesion_stands_out_after_training(make):
     assert inside > 1.2 * outside
 
 
-@pytest.mark.parametrize(("category", "has_masks"), [("Brain", True), ("Chest", False)])
-def test_fit_and_test(make, full_normal, engine, category, has_masks):
+def test_the_student_learns(make, full_normal, engine):
     model, runner = make(), engine(max_epochs=2)
     teacher, student = (copy.deepcopy(part.state_dict()) for part in (model.model.teacher, model.model.student))
-    runner.fit(model, datamodule=full_normal(category))
+    runner.fit(model, datamodule=full_normal())
     assert all(torch.equal(value, teacher[name]) for name, value in model.model.teacher.state_dict().items())
     changed = [
         name for name, value in model.model.student.state_dict().items() if not torch.equal(value, student[name])
     ]
     assert len(changed) == len(student)
-    assert not model.model.train().teacher.training
-
-    figures = runner.test(model, datamodule=full_normal(category), verbose=False)[0]
-    assert ("pixel_AUROC" in figures) == has_masks
-    assert all(0 <= value <= 1 for value in figures.values())
-    loaded = Mkd.load_from_checkpoint(runner.best_model_path, visualizer=False)
-    again = engine().test(loaded, datamodule=full_normal(category), verbose=False)[0]
-    assert again == pytest.approx(figures, abs=1e-5)
-    assert model.learning_type == LearningType.ONE_CLASS
 
 
 def test_epochs_are_its_own_unless_the_trainer_says_otherwise(make, full_normal, engine):
@@ -226,26 +190,6 @@ def test_epochs_are_its_own_unless_the_trainer_says_otherwise(make, full_normal,
         runner = engine(**given)
         runner.fit(make(max_epochs=3), datamodule=full_normal("Brain"))
         assert runner.trainer.current_epoch == epochs
-
-
-def test_exports(make, full_normal, engine, tmp_path, monkeypatch):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    openvino = pytest.importorskip("openvino")
-    model, runner = make(), engine(max_epochs=1)
-    runner.fit(model, datamodule=full_normal())
-    image = images("films", 2, 80)
-    expected = model.eval()(image)
-    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
-    loaded = torch.load(runner.export(model, "torch", export_root=tmp_path), weights_only=False)["model"].eval()
-    torch.testing.assert_close(loaded(image).anomaly_map, expected.anomaly_map)
-    onnx = runner.export(model, "onnx", export_root=tmp_path)
-    session = onnxruntime.InferenceSession(str(onnx))
-    names = [output.name for output in session.get_outputs()]
-    assert set(names) == {"pred_score", "pred_label"}  # a graph cannot differentiate
-    compiled = openvino.Core().compile_model(openvino.convert_model(onnx), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    for found in (dict(zip(names, session.run(None, {"input": image.numpy()}), strict=True)), compiled(image.numpy())):
-        np.testing.assert_allclose(found["pred_score"], expected.pred_score, atol=1e-5)
-    assert model(image).anomaly_map is not None
 
 
 # ---------------------------------------------------------------------- weights and mistakes
@@ -282,19 +226,5 @@ def test_failed_download(torchvisions, monkeypatch):
         raise urllib.error.URLError(msg)
 
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", offline)
-    with pytest.raises(RuntimeError, match=r"The weights of vgg11 could not be had .*no network.* pre_trained=false"):
+    with pytest.raises(RuntimeError, match=r"weights of vgg11 could not be loaded .*no network.* pre_trained=false"):
         Mkd(backbone="vgg11", pre_trained=True)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"backbone": "resnet18"}, r"backbone='resnet18' is unknown; choose one of: vgg11, vgg13, vgg16, vgg19"),
-        ({"image_size": 31}, r"image_size=31 must be at least 32"),
-        ({"value_weight": -1.0}, r"value_weight=-1\.0 must be at least 0"),
-        ({"learning_rate": -1.0}, r"learning_rate=-1\.0 must be at least 0"),
-    ],
-)
-def test_mistakes(make, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        make(**arguments)

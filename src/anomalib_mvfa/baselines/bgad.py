@@ -4,61 +4,43 @@ Axes: B images, D channels, H = W image size, h = w positions of features, N pos
 positional encodings, l level.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.metrics import Evaluator
-from anomalib.models.components import AnomalibModule
+from anomalib.models.components import AnomalibModule, TimmFeatureExtractor
 from anomalib.models.image.cflow.utils import cflow_head, get_logp, positional_encoding_2d
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.nn.functional import interpolate, logsigmoid
 
-from ..contract import DataFacts
-from ..model.lightning_mixin import DEFAULT_PRETRAINED, check_numbers
-from .trained import TrainedMixin, drawn_from, standardise, timm_features
+from ..arguments import DEFAULT_PRETRAINED, check_arguments, documented
+from .base import TrainedBaseline, drawn_from, standardise, timm_features
 
-logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
-
-NORMALIZER = 10.0
-"""Of log-likelihoods per channel, before they are compared with a margin; the authors'."""
+NORMALIZER = 10.0  # the authors' unit of log-likelihoods per channel, in which margins are measured
 
 
 def likelihood_loss(log_likelihood: torch.Tensor, abnormal: torch.Tensor) -> torch.Tensor:
-    """Return the mean of -log(sigmoid) over normal positions, 0 where there are none.
-
-    Args:
-        log_likelihood: Per channel ``(N,)``.
-        abnormal: Which positions are abnormal ``(N,)``.
-    """
+    """Mean of -log(sigmoid) of log-likelihoods per channel ``(N,)`` over normal positions, 0 where there are none."""
     normal = log_likelihood[~abnormal]
     return -logsigmoid(normal).sum() / max(len(normal), 1)
 
 
 def boundary_loss(
-    log_likelihood: torch.Tensor,
-    abnormal: torch.Tensor,
-    boundary_share: float,
-    margin: float,
+    log_likelihood: torch.Tensor, abnormal: torch.Tensor, boundary_share: float, margin: float
 ) -> torch.Tensor:
-    """Semi-push-pull loss: of normal positions below the boundary, and of abnormal ones above it, less the margin.
+    """Semi-push-pull loss: mean distances to the boundary of the normal and the abnormal positions beyond it.
 
-    Positions on the right side count nothing, whatever their distance.
+    Positions on the right side count nothing, whatever their distance. Distances are in units of `NORMALIZER`.
 
     Args:
-        log_likelihood: Per channel ``(N,)``.
+        log_likelihood: Log-likelihood per channel ``(N,)``.
         abnormal: Which positions are abnormal ``(N,)``; there must be some of each kind.
         boundary_share: Share of normal positions below the boundary.
-        margin: Between boundary and abnormal positions, in units of `NORMALIZER`.
-
-    Returns:
-        Mean distance of the normal positions on the wrong side from the right one, plus the same of abnormal ones, in
-        units of `NORMALIZER`.
+        margin: How far below the boundary the right side of abnormal positions begins.
     """
     value = log_likelihood / NORMALIZER
     normal, odd = value[~abnormal], value[abnormal]
@@ -74,48 +56,30 @@ def _mean_of_positive(distance: torch.Tensor) -> torch.Tensor:
 class BgadModel(nn.Module):
     """A flow for each level of a frozen backbone, conditioned on where in the image a position is.
 
-    Args:
-        backbone: Timm's name of a convolutional network.
-        layers: Its layers, by timm's names.
-        pre_trained: Use timm's weights in place of random ones.
-        condition_vector: P, a multiple of 4.
-        coupling_blocks: Of each flow.
-        clamp_alpha: Bound of the couplings' scales.
+    Buffer ``top``: highest log-likelihood ``(l,)`` of normal positions in the last epoch of training.
 
-    Attributes:
-        top: Highest log-likelihood ``(l,)`` of normal positions in the last epoch of training.
+    Args:
+        backbone: Frozen network.
+        condition_vector: P.
+        coupling_blocks: Number of coupling blocks of each flow.
+        clamp_alpha: Bound of the couplings' scales.
     """
 
     top: torch.Tensor
 
     def __init__(
-        self,
-        backbone: str = "tf_efficientnet_b6",
-        layers: Sequence[str] = ("blocks.1", "blocks.2", "blocks.4"),
-        pre_trained: bool = True,
-        condition_vector: int = 128,
-        coupling_blocks: int = 8,
-        clamp_alpha: float = 1.9,
+        self, backbone: TimmFeatureExtractor, condition_vector: int, coupling_blocks: int, clamp_alpha: float
     ) -> None:
         super().__init__()
         self.condition_vector = condition_vector
-        self.backbone = timm_features(backbone, layers, pre_trained).requires_grad_(False)
+        self.backbone = backbone.requires_grad_(False)
         self.flows = nn.ModuleList(
-            cflow_head(condition_vector, coupling_blocks, clamp_alpha, width) for width in self.backbone.out_dims
+            cflow_head(condition_vector, coupling_blocks, clamp_alpha, width) for width in backbone.out_dims
         )
         self.register_buffer("top", torch.zeros(len(self.flows)))
 
-    def train(self, mode: bool = True) -> "BgadModel":
-        """Set the flows' mode; the backbone stays in eval mode."""
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
     def forward(self, image: torch.Tensor) -> InferenceBatch:
-        """Score images.
-
-        Args:
-            image: RGB in [0, 1], ``(B, 3, H, W)``.
+        """Score RGB images in [0, 1], ``(B, 3, H, W)``.
 
         Returns:
             ``anomaly_map`` ``(B, H, W)``: sum over levels of 1 less the likelihood, relative to the most likely normal
@@ -148,7 +112,8 @@ class BgadModel(nn.Module):
             return get_logp(width, latent, log_determinant) / width
 
 
-class Bgad(TrainedMixin, AnomalibModule):
+@documented
+class Bgad(TrainedBaseline, AnomalibModule):
     """BGAD: a flow learns the likelihood of normal features, and from masks what has to be unlikely.
 
     It takes a step for every ``fiber_batch_size`` positions of a level, and trains on one device. Normal images alone
@@ -156,33 +121,28 @@ class Bgad(TrainedMixin, AnomalibModule):
 
     Args:
         backbone: Timm's name of a convolutional network; it is frozen.
-        layers: Its layers, by timm's names.
-        pre_trained: Use timm's weights in place of random ones; the default is True unless the environment variable
-            ``ANOMALIB_MVFA_PRETRAINED`` is "null".
-        image_size: Height and width in pixels to which images are squashed.
+        layers: Layers of the backbone, by timm's names.
         condition_vector: Width of positional encodings, a multiple of 4.
-        coupling_blocks: Of each flow.
+        coupling_blocks: Number of coupling blocks of each flow.
         clamp_alpha: Bound of the couplings' scales.
         fiber_batch_size: Positions in a step.
         boundary_share: Share of normal positions below the boundary.
-        margin: Between the boundary and abnormal positions; 0.1 is a log-likelihood of 1 per channel.
-        boundary_weight: Of the loss at the boundary.
+        margin: Distance of abnormal positions from the boundary; 0.1 is a log-likelihood of 1 per channel.
+        boundary_weight: Weight of the loss at the boundary.
         warmup_epochs: First epochs, in which the likelihood of normal positions is all that counts.
-        learning_rate: Of Adam; it falls to 0 along a cosine.
-        max_epochs: Epochs to train, unless the trainer is told otherwise.
-        seed: Of initial weights and the order of positions.
-        pre_processor: Anomalib's component, or whether to use the default one.
-        post_processor: Anomalib's component, or whether to use the default one.
-        evaluator: Anomalib's component, or whether to use the default one.
-        visualizer: Anomalib's component, or whether to use the default one.
+        learning_rate: Learning rate of Adam; it falls to 0 along a cosine.
 
     Raises:
         ValueError: An argument has no such value, the data have abnormal training images without masks, or there are
             several devices to train on.
-        RuntimeError: There is no such backbone, or its weights could not be downloaded.
+        RuntimeError: There is no such backbone, or its weights could not be loaded.
     """
 
     IMAGE_SIZE = 256
+    normal_only_warning = (
+        "BGAD learns the likelihood of normal features alone, and no boundary. Use a FewShot datamodule on data with "
+        "masks."
+    )
     model: BgadModel
 
     def __init__(
@@ -207,51 +167,36 @@ class Bgad(TrainedMixin, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        layers = [str(layer) for layer in layers]  # Anomalib saves these locals, and reads back plain types only.
-        check_numbers(
-            coupling_blocks=coupling_blocks,
-            fiber_batch_size=fiber_batch_size,
-            boundary_share=boundary_share,
-            margin=margin,
-            boundary_weight=boundary_weight,
-            warmup_epochs=warmup_epochs,
-            learning_rate=learning_rate,
-            max_epochs=max_epochs,
-        )
+        check_arguments(locals())
         if condition_vector < 4 or condition_vector % 4:
             msg = f"condition_vector={condition_vector} must be a multiple of 4: sine and cosine of two coordinates."
             raise ValueError(msg)
-        super().__init__(self._sized(pre_processor, image_size), post_processor, evaluator, visualizer)
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
         self.automatic_optimization = False  # several steps a batch
         with drawn_from(seed):
-            self.model = BgadModel(backbone, layers, pre_trained, condition_vector, coupling_blocks, clamp_alpha)
+            features = timm_features(backbone, layers, pre_trained)
+            self.model = BgadModel(features, condition_vector, coupling_blocks, clamp_alpha)
+        self.fiber_batch_size = fiber_batch_size
+        self.boundary_share = boundary_share
+        self.margin = margin
+        self.boundary_weight = boundary_weight
+        self.warmup_epochs = warmup_epochs
+        self.learning_rate = learning_rate
+        self.max_epochs = max_epochs
+        self.seed = seed
 
-    def _check_data(self, facts: DataFacts) -> None:
-        if self.trainer.world_size > 1:
+    def setup(self, stage: str) -> None:
+        """Choose how long to train, and refuse several devices."""
+        super().setup(stage)
+        if stage == "fit" and self.trainer.world_size > 1:
             msg = f"Bgad trains on one device, and there are {self.trainer.world_size}. Set devices to 1."
             raise ValueError(msg)
-        if facts.normal_only:
-            logger.warning(
-                "The training data hold no abnormal image: BGAD learns the likelihood of normal features alone, and no "
-                "boundary. Use a FewShot datamodule on data with masks."
-            )
-        elif not facts.has_masks:
-            self._refuse_without_masks(facts.class_name)
-
-    @staticmethod
-    def _refuse_without_masks(name: str) -> None:
-        msg = (
-            f"Bgad learns abnormal positions from masks, and the data of {name} have none. Choose data with masks (of "
-            "BMAD: Brain, Liver or Retina_RESC), normal images alone (abnormal_shots=0), or a method that learns from "
-            "labels (Dra, AprilGan, Mvfa)."
-        )
-        raise ValueError(msg)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return Adam over the flows, and its schedule."""
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.Adam(learning, lr=self.hparams["learning_rate"])
-        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self._epochs)]
+        optimizer = torch.optim.Adam(learning, lr=self.learning_rate)
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)]
 
     def on_train_epoch_start(self) -> None:
         """Forget the highest likelihood: the flows have changed since."""
@@ -262,9 +207,14 @@ class Bgad(TrainedMixin, AnomalibModule):
         del args, kwargs
         image = torch.as_tensor(batch.image)
         if batch.gt_mask is None and torch.as_tensor(batch.gt_label).any():
-            self._refuse_without_masks("a batch")
+            msg = (
+                f"Bgad learns abnormal positions from masks, and the data of {self.facts.class_name} have none. Choose "
+                "data with masks (of BMAD: Brain, Liver or Retina_RESC), normal images alone (abnormal_shots=0), or a "
+                "method that learns from labels (Dra, AprilGan, Mvfa)."
+            )
+            raise ValueError(msg)
         mask = image.new_zeros(len(image), *image.shape[-2:]) if batch.gt_mask is None else batch.gt_mask
-        order = np.random.default_rng(self._step_seed(batch_idx))
+        order = self.step_rng(batch_idx)
         losses = []
         for level, x in enumerate(self.model.features(image)):
             rows, condition = self.model.positions(x)
@@ -272,24 +222,19 @@ class Bgad(TrainedMixin, AnomalibModule):
             shuffled = torch.from_numpy(order.permutation(len(rows))).to(x.device)
             losses += [
                 self._take_step(level, rows[chosen], condition[chosen], abnormal[chosen])
-                for chosen in shuffled.split(self.hparams["fiber_batch_size"])
+                for chosen in shuffled.split(self.fiber_batch_size)
             ]
         loss = torch.stack(losses).mean()
-        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=batch.batch_size)
+        self.log_loss(loss, batch)
 
     def _take_step(
-        self,
-        level: int,
-        rows: torch.Tensor,
-        condition: torch.Tensor,
-        abnormal: torch.Tensor,
+        self, level: int, rows: torch.Tensor, condition: torch.Tensor, abnormal: torch.Tensor
     ) -> torch.Tensor:
         """Take one step on positions of a level, and return their loss."""
         value = self.model.log_likelihood(level, rows, condition)
         loss = likelihood_loss(value, abnormal)
-        if self.current_epoch >= self.hparams["warmup_epochs"] and abnormal.any() and not abnormal.all():
-            share, margin = self.hparams["boundary_share"], self.hparams["margin"]
-            loss = loss + self.hparams["boundary_weight"] * boundary_loss(value, abnormal, share, margin)
+        if self.current_epoch >= self.warmup_epochs and abnormal.any() and not abnormal.all():
+            loss = loss + self.boundary_weight * boundary_loss(value, abnormal, self.boundary_share, self.margin)
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward(loss)

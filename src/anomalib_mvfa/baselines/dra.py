@@ -3,38 +3,28 @@
 Axes: B images, D channels, H = W image size, h = w positions of features, s scale.
 """
 
-import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.data.utils import LabelName
 from anomalib.metrics import Evaluator
-from anomalib.models.components import AnomalibModule, DynamicBufferMixin
+from anomalib.models.components import AnomalibModule, DynamicBufferMixin, TimmFeatureExtractor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
 
-from ..contract import DataFacts, dataset_of
-from ..model.lightning_mixin import DEFAULT_PRETRAINED, check_numbers
-from .trained import TrainedMixin, drawn_from, standardise, timm_features
+from ..arguments import DEFAULT_PRETRAINED, check_arguments, documented
+from .base import TrainedBaseline, drawn_from, standardise, timm_features
 
-logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
-
-MARGIN = 5.0
-"""Of a deviation, in standard deviations of the prior."""
-NORMAL, SEEN, PSEUDO = 0, 1, 2
-"""Kinds of training images; the first two are anomalib's labels."""
-SCALES = 2
-"""Of an image: as it is, and halved."""
-STRIDE = 32
-"""Pixels of an image to a position of the last features."""
-HIDDEN = 256
-"""Width of the normality head."""
-AREA, ASPECT = (0.02, 0.15), (0.3, 3.3)
-"""Of a patch that is moved: its share of the image, and height by width."""
+MARGIN = 5.0  # least deviation of anomalies, in standard deviations of the prior
+NORMAL, SEEN, PSEUDO = 0, 1, 2  # kinds of training images; the first two are anomalib's labels
+SCALES = 2  # of an image: as it is, and halved
+STRIDE = 32  # pixels of an image to a position of the last features
+HIDDEN = 256  # width of the normality head
+AREA, ASPECT = (0.02, 0.15), (0.3, 3.3)  # bounds of a pasted patch's share of the image, and of its height by width
 
 
 def deviation_loss(score: torch.Tensor, abnormal: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -45,10 +35,7 @@ def deviation_loss(score: torch.Tensor, abnormal: torch.Tensor, counted: torch.T
     Args:
         score: Scores ``(B,)`` of a head.
         abnormal: Which are to be beyond the margin ``(B,)``.
-        counted: Which the head learns from ``(B,)``.
-
-    Returns:
-        Mean over those that count, 0 where none does.
+        counted: Which the head learns from ``(B,)``; the loss is their mean, 0 where there are none.
     """
     loss = torch.where(abnormal, (MARGIN - score).clamp(min=0), score.abs())
     return (loss * counted).sum() / counted.sum().clamp(min=1)
@@ -61,15 +48,7 @@ def top_mean(patches: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def cut_mix(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Make pseudo anomalies: paste a patch of the next image, or of the only one, to another place.
-
-    Args:
-        image: Normal images ``(B, 3, H, W)``.
-        rng: Of sizes and places.
-
-    Returns:
-        As many images.
-    """
+    """Return a pseudo anomaly of each image ``(B, 3, H, W)``: a patch of the next one, pasted to another place."""
     pasted = image.clone()
     height, width = image.shape[-2:]
     for row, source in enumerate(image.roll(-1, dims=0)):
@@ -81,28 +60,8 @@ def cut_mix(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     return pasted
 
 
-class HeadScores(NamedTuple):
-    """What the heads make of a batch.
-
-    Args:
-        normality: Of whole images, high where normal ``(B,)``.
-        seen: Of anomalies like the labelled ones, per scale ``(B, h, w)``.
-        pseudo: Of anomalies like the made-up ones, per scale ``(B, h, w)``.
-        residual: Of differences from normal images, per scale ``(B, h, w)``.
-    """
-
-    normality: torch.Tensor
-    seen: list[torch.Tensor]
-    pseudo: list[torch.Tensor]
-    residual: list[torch.Tensor]
-
-
 class NormalityHead(nn.Module):
-    """Score of the mean features of an image.
-
-    Args:
-        width: D.
-    """
+    """Score of the mean features of an image, high where normal."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -114,12 +73,7 @@ class NormalityHead(nn.Module):
 
 
 class PatchHead(nn.Sequential):
-    """Scores of positions.
-
-    Args:
-        width: D.
-        is_residual: Look at differences, through a convolution of their own.
-    """
+    """Scores of positions; of differences, through a convolution of their own."""
 
     def __init__(self, width: int, is_residual: bool = False) -> None:
         look = [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()] if is_residual else []
@@ -133,24 +87,22 @@ class PatchHead(nn.Sequential):
 class DraModel(DynamicBufferMixin):
     """Four heads on the last features of a backbone, at two scales of the image.
 
-    Args:
-        backbone: Timm's name of a convolutional network.
-        pre_trained: Use timm's weights in place of random ones.
-        top_share: Share of the positions, the highest, whose mean is an image's score.
+    Buffers ``reference_0`` and ``reference_1``: mean features ``(D, h, w)`` of normal images, per scale; empty until
+    set.
 
-    Attributes:
-        reference_0: Mean features ``(D, h, w)`` of normal images, empty until there are any.
-        reference_1: The same of halved images.
+    Args:
+        backbone: Network whose last features are scored.
+        top_share: Share of the positions, the highest, whose mean is an image's score.
     """
 
     reference_0: torch.Tensor
     reference_1: torch.Tensor
 
-    def __init__(self, backbone: str = "resnet18", pre_trained: bool = True, top_share: float = 0.1) -> None:
+    def __init__(self, backbone: TimmFeatureExtractor, top_share: float) -> None:
         super().__init__()
         self.top_share = top_share
-        self.backbone = timm_features(backbone, [-1], pre_trained, requires_grad=True)
-        (width,) = self.backbone.out_dims
+        self.backbone = backbone
+        (width,) = backbone.out_dims
         self.normality_head = NormalityHead(width)
         self.seen_head = PatchHead(width)
         self.pseudo_head = PatchHead(width)
@@ -174,14 +126,14 @@ class DraModel(DynamicBufferMixin):
         if not self.reference_0.numel():
             msg = "The model has no reference features yet. Fit it, or load a checkpoint of a finished fit."
             raise RuntimeError(msg)
-        heads = self.head_scores(self.features(image), [self.reference_0, self.reference_1])
-        normality, *others = self.image_scores(heads)
+        normality, *heads = self.head_scores(self.features(image), [self.reference_0, self.reference_1])
+        pred_score = sum(map(self.image_score, heads)) - normality
         maps = [
             interpolate(patches.unsqueeze(1), size=image.shape[-2:], mode="bilinear").squeeze(1)
-            for head in (heads.seen, heads.pseudo, heads.residual)
+            for head in heads
             for patches in head
         ]
-        return InferenceBatch(pred_score=sum(others) - normality, anomaly_map=torch.stack(maps).sum(dim=0) / SCALES)
+        return InferenceBatch(pred_score=pred_score, anomaly_map=torch.stack(maps).sum(dim=0) / SCALES)
 
     def features(self, image: torch.Tensor) -> list[torch.Tensor]:
         """Return per scale features ``(B, D, h, w)`` of images in [0, 1]."""
@@ -189,36 +141,35 @@ class DraModel(DynamicBufferMixin):
         scaled = [avg_pool2d(image, 2**scale) if scale else image for scale in range(SCALES)]
         return [next(iter(self.backbone(image).values())) for image in scaled]
 
-    def head_scores(self, features: list[torch.Tensor], references: list[torch.Tensor]) -> HeadScores:
-        """Return all heads' scores of features ``(B, D, h, w)`` with references ``(D, h, w)``, each per scale."""
-        pairs = list(zip(features, references, strict=True))
-        return HeadScores(
-            normality=torch.stack([self.normality_head(x) for x, _ in pairs]).mean(dim=0),
-            seen=[self.seen_head(x) for x, _ in pairs],
-            pseudo=[self.pseudo_head(x) for x, _ in pairs],
-            residual=[self.residual_head(reference - x) for x, reference in pairs],
+    def head_scores(self, features: list[torch.Tensor], references: list[torch.Tensor]) -> tuple[Any, ...]:
+        """Return all heads' scores of features ``(B, D, h, w)`` with references ``(D, h, w)``, each per scale.
+
+        Returns:
+            Normality of images ``(B,)``; seen, pseudo and residual anomaly of positions, per scale ``(B, h, w)``.
+        """
+        return (
+            torch.stack([self.normality_head(x) for x in features]).mean(dim=0),
+            [self.seen_head(x) for x in features],
+            [self.pseudo_head(x) for x in features],
+            [self.residual_head(reference - x) for x, reference in zip(features, references, strict=True)],
         )
 
-    def image_scores(self, heads: HeadScores) -> list[torch.Tensor]:
-        """Return every head's image scores ``(B,)``, means over scales, in the order of `HeadScores`."""
-        pooled = [[top_mean(patches, self.top_share) for patches in head] for head in heads[1:]]
-        return [heads.normality, *(torch.stack(scores).mean(dim=0) for scores in pooled)]
+    def image_score(self, patches: list[torch.Tensor]) -> torch.Tensor:
+        """Return the scores ``(B,)`` of images by a head's scores of positions, per scale ``(B, h, w)``."""
+        return torch.stack([top_mean(scale, self.top_share) for scale in patches]).mean(dim=0)
 
     def loss(self, image: torch.Tensor, kind: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        """Return the sum of the heads' losses.
+        """Return the sum of the heads' losses, a scalar.
 
         Args:
             image: Training images in [0, 1], ``(B, 3, H, W)``.
             kind: `NORMAL`, `SEEN` or `PSEUDO` ``(B,)``.
-            reference: Normal images of the same form.
-
-        Returns:
-            A scalar.
+            reference: Normal images ``(N, 3, H, W)``.
         """
         both = self.features(torch.cat([reference, image]))  # in one pass, so that batch norm treats them alike
         references = [x[: len(reference)].mean(dim=0) for x in both]
-        heads = self.head_scores([x[len(reference) :] for x in both], references)
-        normality, seen, pseudo, residual = self.image_scores(heads)
+        normality, *heads = self.head_scores([x[len(reference) :] for x in both], references)
+        seen, pseudo, residual = map(self.image_score, heads)
         everything = torch.ones_like(kind, dtype=torch.bool)
         return (
             deviation_loss(normality, kind == NORMAL, everything)
@@ -228,7 +179,7 @@ class DraModel(DynamicBufferMixin):
         )
 
     @torch.no_grad()
-    def memorise(self, reference: torch.Tensor) -> None:
+    def set_references(self, reference: torch.Tensor) -> None:
         """Keep the mean features of normal images ``(N, 3, H, W)`` in [0, 1], by the weights as they are."""
         was_training = self.training
         with torch.inference_mode(False):  # training may go on after a validation
@@ -236,32 +187,29 @@ class DraModel(DynamicBufferMixin):
         self.train(was_training)
 
 
-class Dra(TrainedMixin, AnomalibModule):
+@documented
+class Dra(TrainedBaseline, AnomalibModule):
     """DRA: learns from labelled anomalies, from made-up ones, and from differences from normal images.
 
     Every step trains on the images of the batch and on a pseudo anomaly made of each normal one.
 
     Args:
         backbone: Timm's name of a convolutional network with a stride of 32; it is trained.
-        pre_trained: Start from timm's weights in place of random ones; the default is True unless the environment
-            variable ``ANOMALIB_MVFA_PRETRAINED`` is "null".
-        image_size: Height and width in pixels to which images are squashed, at least 128.
-        references: Most normal images that the residual head compares with.
+        image_size: Height and width in pixels to which images are resized, at least 128.
+        references: Largest number of normal images that the residual head compares with.
         top_share: Share of the positions, the highest, whose mean is an image's score.
-        learning_rate: Of Adam, a tenth after each third of the training.
-        max_epochs: Epochs to train, unless the trainer is told otherwise.
-        seed: Of initial weights, pseudo anomalies and the draw of references.
-        pre_processor: Anomalib's component, or whether to use the default one.
-        post_processor: Anomalib's component, or whether to use the default one.
-        evaluator: Anomalib's component, or whether to use the default one.
-        visualizer: Anomalib's component, or whether to use the default one.
+        learning_rate: Learning rate of Adam, a tenth after each third of the training.
 
     Raises:
         ValueError: An argument has no such value, or the data have no normal training image.
-        RuntimeError: There is no such backbone, or its weights could not be downloaded.
+        RuntimeError: There is no such backbone, or its weights could not be loaded.
     """
 
     IMAGE_SIZE = 448
+    normal_only_warning = (
+        "DRA learns from normal and pseudo-abnormal images alone, and its head of seen anomalies learns nothing. Use a "
+        "FewShot datamodule to learn from labelled images."
+    )
     model: DraModel
 
     def __init__(
@@ -279,32 +227,29 @@ class Dra(TrainedMixin, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        check_numbers(references=references, top_share=top_share, learning_rate=learning_rate, max_epochs=max_epochs)
+        check_arguments(locals())
         least = 2 * STRIDE * 2 ** (SCALES - 1)
         if image_size < least:
             msg = f"image_size={image_size} must be at least {least}: at half the size, features need 2 x 2 positions."
             raise ValueError(msg)
-        super().__init__(self._sized(pre_processor, image_size), post_processor, evaluator, visualizer)
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
         with drawn_from(seed):
-            self.model = DraModel(backbone, pre_trained, top_share)
-        self._references = torch.empty(0)
-
-    def _check_data(self, facts: DataFacts) -> None:
-        if facts.normal_only:
-            logger.warning(
-                "The training data hold no abnormal image: DRA learns from normal and pseudo-abnormal images alone, "
-                "and its head of seen anomalies learns nothing. Use a FewShot datamodule to learn from labelled images."
-            )
+            self.model = DraModel(timm_features(backbone, [-1], pre_trained, requires_grad=True), top_share)
+        self.references = references
+        self.learning_rate = learning_rate
+        self.max_epochs = max_epochs
+        self.seed = seed
+        self._reference_images = torch.empty(0)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return Adam over everything, and a schedule of three steps."""
-        optimizer = torch.optim.Adam(self.model.parameters(), lr=self.hparams["learning_rate"], weight_decay=1e-5)
-        step = max(1, self._epochs // 3)
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=self.learning_rate, weight_decay=1e-5)
+        step = max(1, self.epochs // 3)
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, step, gamma=0.1)}
 
     def on_train_start(self) -> None:
         """Draw the references, processed as images to be scored are."""
-        data = dataset_of(self.trainer, "train")
+        data = self.dataset("train")
         samples = getattr(data, "samples", None)
         normal = np.flatnonzero([] if samples is None else samples.label_index == LabelName.NORMAL)
         if not len(normal):
@@ -313,33 +258,30 @@ class Dra(TrainedMixin, AnomalibModule):
                 f"{type(data).__name__} has none. Give a FewShot datamodule, or another one of anomalib's."
             )
             raise ValueError(msg)
-        chosen = np.random.default_rng(self.hparams["seed"]).permutation(normal)[: self.hparams["references"]]
+        chosen = np.random.default_rng(self.seed).permutation(normal)[: self.references]
         transform = getattr(self.pre_processor, "transform", None) or nn.Identity()
         # Of few-shot views, the first ones are the images themselves.
-        self._references = torch.stack([transform(data[row].image) for row in sorted(chosen)]).to(self.device)
+        self._reference_images = torch.stack([transform(data[row].image) for row in sorted(chosen)]).to(self.device)
 
     def training_step(self, batch: ImageBatch, batch_idx: int, *args, **kwargs) -> STEP_OUTPUT:  # noqa: ANN002, ANN003
         """Return the loss of a batch with its pseudo anomalies."""
         del args, kwargs
         image, label = torch.as_tensor(batch.image), torch.as_tensor(batch.gt_label).long()
-        pseudo = cut_mix(image[label == LabelName.NORMAL], np.random.default_rng(self._step_seed(batch_idx)))
+        pseudo = cut_mix(image[label == LabelName.NORMAL], self.step_rng(batch_idx))
         kind = torch.cat([label, label.new_full((len(pseudo),), PSEUDO)])
-        loss = self.model.loss(torch.cat([image, pseudo]), kind, self._references)
-        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=batch.batch_size)
+        loss = self.model.loss(torch.cat([image, pseudo]), kind, self._reference_images)
+        self.log_loss(loss, batch)
         return loss
 
     def on_validation_start(self) -> None:
         """Compare with features of the weights as they are now."""
-        self._memorise()
+        if len(self._reference_images):
+            self.model.set_references(self._reference_images)
 
     def on_train_epoch_end(self) -> None:
         """See that the checkpoint to be saved can score, whether or not there was validation."""
-        self._memorise()
+        self.model.set_references(self._reference_images)
 
     def on_train_end(self) -> None:
         """Forget the reference images: they do not belong into an exported file."""
-        self._references = torch.empty(0)
-
-    def _memorise(self) -> None:
-        if len(self._references):
-            self.model.memorise(self._references)
+        self._reference_images = torch.empty(0)

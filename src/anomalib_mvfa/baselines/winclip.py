@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import LabelName
 from anomalib.metrics import Evaluator
 from anomalib.models import WinClip
@@ -21,37 +20,32 @@ from anomalib.visualization import Visualizer
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..arguments import check_bounds, documented, optional_text
 from ..contract import DEFAULT_CLASS_NAME, class_name_of_data
 from ..data.support import support_of
 from ..model.backbone import ClipBackbone
-from ..model.lightning_mixin import optional_text
 
-IMAGE_SIZE = 240
-"""Of anomalib's pre-processor for WinCLIP."""
+IMAGE_SIZE = 240  # height and width that anomalib's pre-processor for WinCLIP makes
 
 
+@documented
 class WinClipBaseline(WinClip):
-    """WinCLIP (Jeong et al., CVPR 2023): windows of an image, compared with texts and with normal images.
+    """WinCLIP (Jeong et al., CVPR 2023): windows of an image, compared with prompts and with normal images.
 
     Prompts, scores and their fusion are anomalib's. Reference images are the datamodule's support, or else normal
     training images drawn with the datamodule's seed.
 
     Args:
-        class_name: Noun for prompts; the datamodule's by default, then "object".
-        k_shot: Normal reference images; 0 compares with texts alone.
+        k_shot: Number of normal reference images; 0 compares with prompts alone.
         scales: Sides of the windows in patches.
         backbone: Name of an open_clip model with a plain vision transformer, or path of a model config in open_clip's
             JSON form. The paper's takes some 10 s for an image on a CPU.
         pretrained: Tag of open_clip; or path of a weight file; or None for seeded random weights.
-        pre_processor: Anomalib's component, or whether to use the default one.
-        post_processor: Anomalib's component, or whether to use the default one.
-        evaluator: Anomalib's component, or whether to use the default one.
-        visualizer: Anomalib's component, or whether to use the default one.
 
     Raises:
         ValueError: An argument has no such value, weights do not fit, or there are too few reference images.
         FileNotFoundError: A file that an argument names does not exist.
-        RuntimeError: The weights of a tag could not be had.
+        RuntimeError: The weights of a tag could not be loaded.
     """
 
     def __init__(
@@ -69,32 +63,23 @@ class WinClipBaseline(WinClip):
         # Anomalib saves these locals as hyper-parameters, and reads back plain types only.
         scales = [int(scale) for scale in scales]
         backbone, pretrained = str(backbone), optional_text(pretrained)
-        if k_shot < 0:
-            msg = f"k_shot={k_shot} must be at least 0."
-            raise ValueError(msg)
-        super(WinClip, self).__init__(  # not WinClip's own, which downloads its one backbone
-            pre_processor=pre_processor,
-            post_processor=post_processor,
-            evaluator=evaluator,
-            visualizer=visualizer,
-        )
+        check_bounds("k_shot", k_shot, 0)
+        # Not WinClip's own, which downloads its one backbone.
+        super(WinClip, self).__init__(pre_processor, post_processor, evaluator, visualizer)
         self.model = WindowModel(backbone, pretrained, scales)
         self.class_name = class_name
         self.k_shot = k_shot
         self.few_shot_source = None
         self.is_setup = False
 
-    @property
-    def _datamodule(self) -> AnomalibDataModule | None:
-        return getattr(self._trainer, "datamodule", None)
-
     def _get_class_name(self) -> str:
-        return self.class_name or class_name_of_data(self._datamodule) or DEFAULT_CLASS_NAME
+        return self.class_name or class_name_of_data(getattr(self._trainer, "datamodule", None)) or DEFAULT_CLASS_NAME
 
     def collect_reference_images(self, dataloader: DataLoader) -> torch.Tensor:
         """Return reference images ``(K, 3, H, W)``, processed as images to be scored are."""
         del dataloader  # in an order of its own, and with abnormal images where the data have some to learn from
-        views: Any = support_of(self._datamodule, None, self.k_shot, getattr(self._datamodule, "seed", None) or 0)
+        data = getattr(self._trainer, "datamodule", None)
+        views: Any = support_of(data, None, self.k_shot, getattr(data, "seed", None) or 0)
         # The first views are the images themselves.
         items = [views[row] for row in range(len(views.samples))] if views is not None else []
         normal = [item.image for item in items if item.gt_label == LabelName.NORMAL]
@@ -109,13 +94,7 @@ class WinClipBaseline(WinClip):
 
 
 class WindowModel(WinClipModel):
-    """Anomalib's torch model, on a backbone of ours.
-
-    Args:
-        backbone: Name of an open_clip model, or path of a model config.
-        pretrained: Tag, path of a weight file, or None for seeded random weights.
-        scales: Sides of the windows in patches.
-    """
+    """Anomalib's torch model, on a backbone of ours; its arguments are those of :class:`WinClipBaseline`."""
 
     def __init__(self, backbone: str, pretrained: str | None, scales: Sequence[int]) -> None:
         super(WinClipModel, self).__init__()  # not WinClipModel's own, which downloads its one backbone
