@@ -1,8 +1,8 @@
 """What the model asks of data. The model knows no data set by name; it asks a datamodule for what is here.
 
-A datamodule may offer ``protocol`` (a :class:`Protocol`), ``class_name`` (the noun for prompts) and ``support`` (a
-dataset of views of the support images, an image's unchanged view first, or None); a batch may carry ``class_name``.
-Any other anomalib datamodule works too: what it does not offer is derived from its datasets.
+A datamodule may offer ``protocol`` (a :class:`ProtocolDefaults`), ``class_name`` (the class name for prompts) and
+``support`` (a dataset of views of the support images, an image's unchanged view first, or None); a batch may carry
+``class_name``. Any other anomalib datamodule works too: what it does not offer is derived from its datasets.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ DEFAULT_CLASS_NAME = "object"
 
 
 @dataclass(frozen=True)
-class Protocol:
+class ProtocolDefaults:
     """What a way of dealing out data implies for the model, where the user leaves it open.
 
     Args:
@@ -34,8 +34,8 @@ class Protocol:
     image_score: str | None = None
 
 
-FEW_SHOT = Protocol("few_shot", few_shot_weight=0.5, learning_rate=1e-3)
-LEAVE_ONE_OUT = Protocol("leave_one_out", few_shot_weight=0.0, learning_rate=1e-4, image_score="det_mean")
+FEW_SHOT = ProtocolDefaults("few_shot", few_shot_weight=0.5, learning_rate=1e-3)
+LEAVE_ONE_OUT = ProtocolDefaults("leave_one_out", few_shot_weight=0.0, learning_rate=1e-4, image_score="det_mean")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class DataFacts:
         normal_only: Whether the training images hold no abnormal one, so that there is nothing to learn from.
     """
 
-    protocol: Protocol = FEW_SHOT
+    protocol: ProtocolDefaults = FEW_SHOT
     class_name: str = DEFAULT_CLASS_NAME
     has_masks: bool = True
     normal_only: bool = False
@@ -67,13 +67,13 @@ def describe(datamodule: AnomalibDataModule | None, train_data: Any = None, test
     tasks = [task for task in (_task(test_data), _task(train_data)) if task is not None]
     return DataFacts(
         protocol=getattr(datamodule, "protocol", FEW_SHOT),
-        class_name=noun_of(datamodule) or noun_of(test_data) or DEFAULT_CLASS_NAME,
+        class_name=class_name_of_data(datamodule) or class_name_of_data(test_data) or DEFAULT_CLASS_NAME,
         has_masks=not tasks or tasks[0] == TaskType.SEGMENTATION,
         normal_only=train_data is not None and not has_label(train_data, LabelName.ABNORMAL),
     )
 
 
-def noun_of(source: Any) -> str | None:  # noqa: ANN401  # a datamodule, a dataset or nothing
+def class_name_of_data(source: Any) -> str | None:  # noqa: ANN401  # a datamodule, a dataset or nothing
     """Return what prompts call the objects of a datamodule or dataset: its own noun, or else its category."""
     return getattr(source, "class_name", None) or (getattr(source, "category", None) or "").replace("_", " ") or None
 

@@ -18,6 +18,7 @@ _NAMES = {
         "BMADFewShot",
         "BMADLeaveOneOut",
         "BMADOneClass",
+        "BrainPhantom",
         "FewShot",
         "FullNormal",
         "LeaveOneOut",

@@ -42,14 +42,14 @@ def test_exports_give_the_same_scores(kind, tiny_config, few_shot, engine, tmp_p
 DISTRIBUTED = """
 import os, sys, torch
 from anomalib.engine import Engine
-from anomalib_mvfa import AprilGan, BMADFewShot, Clip, Mvfa, Phantom
+from anomalib_mvfa import AprilGan, BMADFewShot, Clip, Mvfa, BrainPhantom
 
 config, root, out = sys.argv[1:4]
 processes = int(sys.argv[4])
 torch.set_num_threads(1)
 options = dict(image_size=56, visualizer=False)
 brain = lambda name: BMADFewShot(root, name, k_shot=1, num_workers=0, train_batch_size=2 // processes)
-phantom = lambda: Phantom(root + "/phantom", size=32, num_workers=0)
+phantom = lambda: BrainPhantom(root + "/phantom", size=32, num_workers=0)
 strategy = {"strategy": "ddp"} if processes > 1 else {}
 results = {}
 for name, kind, data in (

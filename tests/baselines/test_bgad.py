@@ -9,7 +9,7 @@ import torch
 from anomalib import LearningType
 from anomalib.models.image.cflow.utils import positional_encoding_2d
 
-from anomalib_mvfa import Bgad, BMADFewShot, FewShot, Phantom
+from anomalib_mvfa import Bgad, BMADFewShot, BrainPhantom, FewShot
 from anomalib_mvfa.baselines.bgad import NORMALIZER, BgadModel, boundary_loss, likelihood_loss
 from anomalib_mvfa.compare.weights import Origin, build_model
 from recipe import images, lesioned
@@ -328,7 +328,7 @@ def test_normal_images_alone_teach_less_and_say_so(make, categories, engine, cap
 
 
 def test_other_data_with_masks(make, engine, tmp_path):
-    source = Phantom(tmp_path / "phantom", size=32, num_workers=0)
+    source = BrainPhantom(tmp_path / "phantom", size=32, num_workers=0)
     data = FewShot(source, k_shot=1, train_batch_size=22, num_workers=0)
     figures = engine().train(make(max_epochs=1), datamodule=data)[0]
     assert "pixel_AUROC" in figures

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import by_hand
-from anomalib_mvfa import BMADLeaveOneOut, Clip, Mvfa, Phantom
+from anomalib_mvfa import BMADLeaveOneOut, BrainPhantom, Clip, Mvfa
 from anomalib_mvfa.baselines.clip import ClipModel
 from anomalib_mvfa.model.fusion import Weights
 from anomalib_mvfa.model.torch_model import Scoring
@@ -128,7 +128,7 @@ def test_a_fit_is_one_epoch_that_builds_the_bank(make, few_shot, engine, monkeyp
 
 
 def test_normal_images_alone_are_no_reason_to_warn(make, engine, tmp_path, caplog):
-    data = Phantom(tmp_path / "phantom", size=32, num_workers=0)
+    data = BrainPhantom(tmp_path / "phantom", size=32, num_workers=0)
     model = make(bank_images=3, calibration="none")
     with caplog.at_level(logging.WARNING, logger="anomalib.mvfa"):
         engine().fit(model, datamodule=data)

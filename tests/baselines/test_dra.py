@@ -8,7 +8,7 @@ import torch
 from anomalib import LearningType
 from torch import nn
 
-from anomalib_mvfa import BMADFewShot, Dra, Phantom
+from anomalib_mvfa import BMADFewShot, BrainPhantom, Dra
 from anomalib_mvfa.baselines import trained
 from anomalib_mvfa.baselines.dra import (
     AREA,
@@ -292,7 +292,7 @@ def test_training_by_steps_can_score_too(make, categories, engine):
 
 
 def test_normal_images_alone_teach_less_and_say_so(make, engine, tmp_path, caplog):
-    data = Phantom(tmp_path / "phantom", size=32, num_workers=0)
+    data = BrainPhantom(tmp_path / "phantom", size=32, num_workers=0)
     with caplog.at_level(logging.WARNING, logger="anomalib.mvfa"):
         engine().fit(make(max_epochs=1), datamodule=data)
     assert "its head of seen anomalies learns nothing" in caplog.text

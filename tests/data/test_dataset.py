@@ -6,14 +6,18 @@ import PIL
 import pytest
 import torch
 from anomalib.data import AnomalibDataset, Folder, ImageItem
+from anomalib.engine import Engine
 from PIL import Image
 from torchvision.transforms.v2 import Compose, InterpolationMode, RandomHorizontalFlip, Resize
 from torchvision.tv_tensors import Mask
 
+from anomalib_mvfa import BMADFewShot, Mvfa
 from anomalib_mvfa.contract import class_name_of
+from anomalib_mvfa.data import reading
 from anomalib_mvfa.data.augmentation import view
-from anomalib_mvfa.data.dataset import ConcatDataset, SampleDataset, SupportViews, collate
-from anomalib_mvfa.data.reading import read_image, read_mask
+from anomalib_mvfa.data.dataset import ConcatDataset, SampleDataset, SupportViewDataset, collate
+from anomalib_mvfa.data.reading import read_image, read_mask, refuse_high_bit_depth
+from anomalib_mvfa.data.samplers import eval_loader
 
 RESIZE = Resize((24, 24), interpolation=InterpolationMode.BICUBIC, antialias=True)
 
@@ -114,6 +118,48 @@ def test_absent_files_are_named(tmp_path):
         read_image(tmp_path / "gone.png")
 
 
+@pytest.fixture
+def opened(monkeypatch):
+    """Paths that are opened as images, in order."""
+    paths, real = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path, *args, **kwargs: paths.append(str(path)) or real(path, *args))
+    return paths
+
+
+def test_the_bit_depth_of_a_file_is_checked_once(tmp_path, samples, opened):
+    read, others = str(tmp_path / "image0.png"), [str(tmp_path / f"image{i}.png") for i in (1, 2)]
+    read_image(read)
+    opened.clear()
+    for _ in range(3):
+        refuse_high_bit_depth([read, *others])
+    assert sorted(opened) == others
+    will_be_read = SampleDataset(as_task(samples[3:], "classification"))
+    loader = eval_loader(will_be_read, 1, num_workers=0)
+    opened.clear()
+    refuse_high_bit_depth(will_be_read.samples.image_path)
+    assert not opened
+    Image.fromarray(noise(8, 8).astype(np.uint16) * 99).save(tmp_path / "image3.png")
+    with pytest.raises(ValueError, match=r"image3\.png has more than 8 bits"):
+        list(loader)
+    Image.fromarray(noise(8, 8).astype(np.uint16) * 99).save(tmp_path / "high.png")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"high\.png has more than 8 bits"):
+            refuse_high_bit_depth([str(tmp_path / "high.png")])
+    (tmp_path / "notes.txt").touch()
+    refuse_high_bit_depth([str(tmp_path / "notes.txt")])  # what is no image is not ours to refuse
+
+
+def test_a_run_opens_files_only_to_read_them(phantom_root, tiny_config, tmp_path, opened, monkeypatch):
+    loads, load = [], reading._load
+    monkeypatch.setattr(reading, "_load", lambda path, mode: loads.append(str(path)) or load(path, mode))
+    data = BMADFewShot(phantom_root, k_shot=1, num_workers=0)
+    model = Mvfa(str(tiny_config), pretrained=None, image_size=56, max_epochs=1, visualizer=False)
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", devices=1, enable_progress_bar=False)
+    engine.train(model, datamodule=data)
+    assert opened == loads
+    assert {*data.test_data.samples.image_path, *data.val_data.samples.image_path} <= set(opened)
+
+
 def test_files_are_closed(tmp_path, recwarn):
     Image.fromarray(noise(8, 8)).save(tmp_path / "a.tif", save_all=True, append_images=[Image.fromarray(noise(8, 8))])
     with pytest.raises(ValueError, match=r"a\.tif has 2 pages, of which one would be read\. Save them as files"):
@@ -205,7 +251,7 @@ def test_items_and_batches_carry_the_noun(samples):
 
 def test_a_batch_mixes_no_nouns(samples):
     items = [SampleDataset(samples, noun, RESIZE)[0] for noun in ("Brain", "Liver")]
-    with pytest.raises(ValueError, match=r"A batch mixes data sets called \['Brain', 'Liver'\]; it must come from one"):
+    with pytest.raises(ValueError, match=r"A batch mixes the class names \['Brain', 'Liver'\]; its images must"):
         collate(items)
 
 
@@ -256,7 +302,7 @@ def test_a_dataset_with_a_form_of_its_own_reads_its_items(samples):
         part.augmentations = RESIZE
         assert part[0].image.shape == (3, 24, 24)
     assert own.augmentations is None
-    views = SupportViews(dataset)
+    views = SupportViewDataset(dataset)
     assert len(views) == 33
     assert views[4].gt_mask.shape == (24, 24)
     assert torch.equal(views[0].gt_mask, dataset[0].gt_mask)
@@ -274,7 +320,7 @@ def test_synthetic_images_are_read(own_folder):
 
 def test_views_come_view_by_view_with_masks_moved_alike(samples):
     dataset = SampleDataset(samples, "Brain", RESIZE)
-    views = SupportViews(dataset)
+    views = SupportViewDataset(dataset)
     assert len(views) == 44
     for index in range(44):
         which, row = divmod(index, 4)
@@ -286,7 +332,7 @@ def test_views_come_view_by_view_with_masks_moved_alike(samples):
 
 
 def test_views_without_masks_have_none(samples):
-    views = SupportViews(SampleDataset(as_task(samples, "classification"), augmentations=RESIZE))
+    views = SupportViewDataset(SampleDataset(as_task(samples, "classification"), augmentations=RESIZE))
     assert all(views[index].gt_mask is None for index in range(44))
 
 
@@ -294,7 +340,7 @@ def test_support_is_read_once_unless_augmentations_are_random(samples, monkeypat
     reads = []
     read = SampleDataset._read
     monkeypatch.setattr(SampleDataset, "_read", lambda self, row: reads.append(row.image_path) or read(self, row))
-    views = SupportViews(SampleDataset(samples, augmentations=RESIZE))
+    views = SupportViewDataset(SampleDataset(samples, augmentations=RESIZE))
     for _ in range(3):
         assert len([views[index] for index in range(44)]) == 44
     assert len(reads) == 4
@@ -322,5 +368,3 @@ def test_a_concatenation_keeps_order_noun_and_masks_of_its_parts(samples):
     assert ConcatDataset(parts[1:]).task == "classification"
     with pytest.raises(IndexError):
         whole[7]
-    with pytest.raises(AttributeError, match="has the samples of its parts"):
-        whole.samples = samples

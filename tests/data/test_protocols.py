@@ -12,7 +12,15 @@ from anomalib.data import Folder, Kolektor, MVTecAD, Visa, get_datamodule
 from torchvision.transforms.v2 import Compose, RandomHorizontalFlip, Resize
 
 from anomalib_mvfa.contract import FEW_SHOT, LEAVE_ONE_OUT, class_name_of, describe
-from anomalib_mvfa.data import BMADFewShot, BMADLeaveOneOut, BMADOneClass, FewShot, FullNormal, LeaveOneOut, Phantom
+from anomalib_mvfa.data import (
+    BMADFewShot,
+    BMADLeaveOneOut,
+    BMADOneClass,
+    BrainPhantom,
+    FewShot,
+    FullNormal,
+    LeaveOneOut,
+)
 from anomalib_mvfa.data.support import group_of
 
 PATIENT = r"/p(\d)_"
@@ -341,12 +349,12 @@ def test_what_is_no_source_is_refused():
 
 
 def test_the_source_downloads_its_data(tmp_path):
-    source = Phantom(tmp_path, size=32)
+    source = BrainPhantom(tmp_path, size=32)
     data = FewShot(source, k_shot=1)
     data.prepare_data()
     data.setup()
     assert (data.name, data.category, data.class_name) == ("Phantom", "Brain", "Brain")
-    loo = LeaveOneOut([Phantom(tmp_path, size=32, seed=1), MVTecAD(tmp_path, "bottle")], "bottle")
+    loo = LeaveOneOut([BrainPhantom(tmp_path, size=32, seed=1), MVTecAD(tmp_path, "bottle")], "bottle")
     loo.target.prepare_data = lambda: (tmp_path / "target").mkdir()
     loo.prepare_data()
     assert (tmp_path / "target").exists()

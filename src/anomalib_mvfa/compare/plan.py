@@ -14,7 +14,9 @@ from anomalib.data import AnomalibDataModule, UnknownDatamoduleError, get_datamo
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
 
-from ..data.protocols import FewShot, FullNormal, LeaveOneOut, _Protocol, checked_pattern
+from ..data import FewShot, FullNormal, LeaveOneOut
+from ..data.base import SplitDataModule
+from ..data.support import check_pattern
 from ..files import written_whole
 from ..provenance import content_of
 from .paper import paper_table
@@ -76,7 +78,7 @@ class Method:
             msg = f"{where}categories=[] must be a list with at least one category."
             raise ValueError(msg)
         protocol = LeaveOneOut if self.protocol == "leave_one_out" else FewShot
-        accepted = {"data": {*signature(protocol).parameters, *signature(_Protocol).parameters}}
+        accepted = {"data": {*signature(protocol).parameters, *signature(SplitDataModule).parameters}}
         accepted["trainer"] = set(signature(Trainer).parameters)
         for name, names in accepted.items():
             _check_names(f"{where}{name}", getattr(self, name), names - set(SET_BY_JOB[name]))
@@ -95,7 +97,7 @@ class Comparison:
         seeds: One job each; of draws, orders and initial weights.
         weights: Of a method's frozen backbone: a file, or null for seeded random weights. Methods that are not named
             load what their model loads by itself.
-        support_list: Support in the published form, see :class:`~anomalib_mvfa.data.protocols.FewShot`.
+        support_list: Support in the published form, see :class:`~anomalib_mvfa.data.few_shot.FewShot`.
         group_by: Regular expression that names a patient, say, see the same.
         title: Heading of the report.
         paper: Table of the paper whose figures stand beside: "table1" to "table5" or "figure3".
@@ -138,7 +140,7 @@ class Comparison:
             if not values or len(set(values)) != len(values):
                 msg = f"{name}={list(values)} must name at least one, and none twice."
                 raise ValueError(msg)
-        checked_pattern("group_by", self.group_by)
+        check_pattern("group_by", self.group_by)
         accelerators = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
         if self.accelerator not in accelerators:
             msg = f"accelerator={self.accelerator!r} must be one of: {', '.join(accelerators)}."

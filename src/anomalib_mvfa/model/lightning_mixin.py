@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import Resize
 
 from ..callbacks import beside
 from ..contract import DataFacts, class_name_of, dataset_of, describe, has_label
-from ..data.reading import refuse_deep
+from ..data.reading import refuse_high_bit_depth
 from ..data.support import support_of
 from ..evaluation import metrics
 from ..files import save_whole
@@ -344,7 +344,7 @@ class LightningMixin(_Host):
     def on_test_batch_start(self, batch: ImageBatch, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
         """Refuse what anomalib's own data sets have read with most of its values cut off."""
         del args, kwargs
-        refuse_deep(batch.image_path or [])
+        refuse_high_bit_depth(batch.image_path or [])
 
     on_train_batch_start = on_validation_batch_start = on_predict_batch_start = on_test_batch_start
 
