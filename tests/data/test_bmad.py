@@ -24,7 +24,7 @@ def read(root, category, split):
     return SampleDataset(find_samples(root, category, split), CATEGORIES[category].class_name)
 
 
-def test_the_nouns_are_the_published_ones():
+def test_the_class_names_are_the_published_ones():
     assert {name: category.class_name for name, category in CATEGORIES.items()} == {
         "Brain": "Brain",
         "Liver": "Liver",

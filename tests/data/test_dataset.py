@@ -1,4 +1,4 @@
-"""Reading is the published code's: 8-bit RGB, squashed by Pillow, masks nearest, threshold in the middle."""
+"""Reading is the published code's: 8-bit RGB, resized by Pillow, masks nearest, threshold in the middle."""
 
 import numpy as np
 import pandas as pd
@@ -40,12 +40,7 @@ def samples(tmp_path):
         if i >= 2:
             Image.fromarray(noise(*size, seed=10 + i)).save(mask)
         rows.append(
-            {
-                "image_path": str(image),
-                "mask_path": str(mask) if i >= 2 else "",
-                "label_index": i // 2,
-                "split": "test",
-            }
+            {"image_path": str(image), "mask_path": str(mask) if i >= 2 else "", "label_index": i // 2, "split": "test"}
         )
     frame = pd.DataFrame(rows)
     frame.attrs["task"] = "segmentation"
@@ -69,48 +64,18 @@ OWN_YCBCR = pytest.mark.xfail(
 )
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", pytest.param("YCbCr", marks=OWN_YCBCR)])
-def test_every_8_bit_mode_is_read_as_rgb(tmp_path, mode):
-    suffix = {"CMYK": ".jpg", "YCbCr": ".tif"}.get(mode, ".png")
-    smooth = Image.fromarray(noise(4, 4, 3)).resize((32, 32), Image.Resampling.BICUBIC)
-    smooth.convert(mode).save(tmp_path / f"image{suffix}")
-    image = read_image(tmp_path / f"image{suffix}")
-    assert (image.mode, image.size) == ("RGB", (32, 32))
-    expected = np.asarray(smooth.convert(mode).convert("RGB"), dtype=int)
-    assert abs(np.asarray(image, dtype=int) - expected).mean() < 4  # JPEG loses a little
+@OWN_YCBCR
+def test_ycbcr_is_read_as_rgb(tmp_path):
+    image = Image.fromarray(noise(32, 32, 3)).convert("YCbCr")
+    image.save(tmp_path / "image.tif")
+    assert np.array_equal(read_image(tmp_path / "image.tif"), image.convert("RGB"))
 
 
-DEEP = {
-    "grey.png": np.uint16,
-    "grey.tif": np.uint16,
-    "rgb.png": np.uint16,
-    "rgb.tif": np.uint16,
-    "int.tif": np.int32,
-    "float.tif": np.float32,
-}
-
-
-@pytest.mark.parametrize("name", DEEP)
-def test_deeper_images_are_refused(tmp_path, name):
-    values = (noise(8, 8).astype(np.uint16) * 13).astype(DEEP[name])
-    if name.startswith("rgb"):
-        cv2 = pytest.importorskip("cv2")
-        cv2.imwrite(str(tmp_path / name), np.stack([values] * 3, axis=-1))
-    else:
-        Image.fromarray(values).save(tmp_path / name)
-    with pytest.raises(ValueError, match=rf"{name} has more than 8 bits a channel.*Convert it to 8 bits"):
-        read_image(tmp_path / name)
-
-
-@pytest.mark.parametrize("content", [b"", b"no image at all", None], ids=["empty", "corrupt", "truncated"])
-def test_broken_files_are_named(tmp_path, content):
-    path = tmp_path / "broken.png"
-    if content is None:
-        Image.fromarray(noise(64, 64, 3)).save(path)
-        content = path.read_bytes()[:5000]
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image \(.+\)\. Restore the file or take"):
-        read_image(path)
+def test_16_bit_colour_tiff_is_refused(tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    cv2.imwrite(str(tmp_path / "rgb.tif"), noise(8, 8, 3).astype(np.uint16) * 13)
+    with pytest.raises(ValueError, match=r"rgb\.tif has more than 8 bits a channel.*Convert it to 8 bits"):
+        read_image(tmp_path / "rgb.tif")
 
 
 def test_absent_files_are_named(tmp_path):
@@ -192,8 +157,8 @@ def test_a_resize_equals_the_published_code(samples):
     dataset = SampleDataset(samples, "Brain", RESIZE)
     for i, item in enumerate(dataset[i] for i in range(4)):
         with Image.open(samples.image_path[i]) as image:
-            squashed = np.array(image.convert("RGB").resize((24, 24), Image.Resampling.BICUBIC))
-        torch.testing.assert_close(torch.Tensor(item.image), unit(squashed), atol=1e-7, rtol=0)
+            resized = np.array(image.convert("RGB").resize((24, 24), Image.Resampling.BICUBIC))
+        torch.testing.assert_close(torch.Tensor(item.image), unit(resized), atol=1e-7, rtol=0)
         assert item.gt_label == i // 2
         assert (item.gt_mask.dtype, item.gt_mask.shape) == (torch.bool, (24, 24))
         if i < 2:
@@ -239,7 +204,7 @@ def test_unknown_labels_are_none(samples):
     assert item.gt_mask is None
 
 
-def test_items_and_batches_carry_the_noun(samples):
+def test_items_and_batches_carry_the_class_name(samples):
     dataset = SampleDataset(samples, "retinal OCT", RESIZE)
     assert class_name_of(dataset[0]) == "retinal OCT"
     batch = dataset.collate_fn([dataset[0], dataset[3]])
@@ -249,8 +214,8 @@ def test_items_and_batches_carry_the_noun(samples):
     assert batch.gt_label.tolist() == [0, 1]
 
 
-def test_a_batch_mixes_no_nouns(samples):
-    items = [SampleDataset(samples, noun, RESIZE)[0] for noun in ("Brain", "Liver")]
+def test_a_batch_mixes_no_class_names(samples):
+    items = [SampleDataset(samples, class_name, RESIZE)[0] for class_name in ("Brain", "Liver")]
     with pytest.raises(ValueError, match=r"A batch mixes the class names \['Brain', 'Liver'\]; its images must"):
         collate(items)
 
@@ -354,7 +319,7 @@ def test_support_is_read_once_unless_augmentations_are_random(samples, monkeypat
 # ------------------------------------------------------------------------------------------------------- ConcatDataset
 
 
-def test_a_concatenation_keeps_order_noun_and_masks_of_its_parts(samples):
+def test_a_concatenation_keeps_order_class_name_and_masks_of_its_parts(samples):
     parts = [SampleDataset(samples, "Brain"), SampleDataset(as_task(samples[:3], "classification"), "Chest")]
     whole = ConcatDataset(parts)
     whole.augmentations = RESIZE

@@ -19,7 +19,7 @@ GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 RED = np.stack([GREY, GREY // 2, np.zeros_like(GREY)], axis=-1)
 RGB_OF_GREY = np.stack([GREY] * 3, axis=-1)
 BROKEN = r"cannot be read as an image \(.*Restore the file or take it out of the data set"
-DEEP = r"has more than 8 bits a channel, and only its origin tells which intensity window to show\. Convert it"
+HIGH_BIT_DEPTH = r"has more than 8 bits a channel, and only its origin tells which intensity window to show\. Conv"
 NO_FILE = r"is no file: a folder, or a link to nothing"
 
 
@@ -121,12 +121,12 @@ TABLE = {
     "name of no text": Row(picture(GREY), RGB_OF_GREY, os.fsdecode(b"\xff\xfe.png")),
     "name of two lines": Row(picture(GREY), RGB_OF_GREY, "a\nb.png"),
     "name in Chinese": Row(picture(GREY), RGB_OF_GREY, "肝.png"),
-    "16-bit grey PNG": Row(picture(GREY.astype(np.uint16) * 100), DEEP),
-    "16-bit grey TIFF": Row(picture(GREY.astype(np.uint16) * 100), DEEP, "odd.tif"),
-    "32-bit TIFF": Row(picture(GREY.astype(np.int32)), DEEP, "odd.tif"),
-    "float TIFF": Row(picture(GREY.astype(np.float32)), DEEP, "odd.tif"),
-    "float TIFF of NaN": Row(picture(np.full((8, 8), np.nan, np.float32)), DEEP, "odd.tif"),
-    "16-bit colour PNG": Row(rgb_16_bit, DEEP),
+    "16-bit grey PNG": Row(picture(GREY.astype(np.uint16) * 100), HIGH_BIT_DEPTH),
+    "16-bit grey TIFF": Row(picture(GREY.astype(np.uint16) * 100), HIGH_BIT_DEPTH, "odd.tif"),
+    "32-bit TIFF": Row(picture(GREY.astype(np.int32)), HIGH_BIT_DEPTH, "odd.tif"),
+    "float TIFF": Row(picture(GREY.astype(np.float32)), HIGH_BIT_DEPTH, "odd.tif"),
+    "float TIFF of NaN": Row(picture(np.full((8, 8), np.nan, np.float32)), HIGH_BIT_DEPTH, "odd.tif"),
+    "16-bit colour PNG": Row(rgb_16_bit, HIGH_BIT_DEPTH),
     "several pages": Row(pages, r"has 2 pages, of which one would be read", "odd.tif"),
     "film": Row(pages, r"has 2 pages, of which one would be read", "odd.png"),
     "400 million pixels": Row(

@@ -137,30 +137,30 @@ def test_a_group_is_the_first_group_or_the_match():
             group_of("a/b.png", pattern)
 
 
-def test_images_set_aside_are_a_share_of_every_kind():
+def test_images_held_out_are_a_share_of_every_kind():
     samples = pd.concat([POOL, table(*(f"root/bad/{i}.png" for i in range(10)), label=1)], ignore_index=True)
     for seed in range(5):
-        stay, aside = hold_out(samples, 0.3, seed, None)
-        assert sorted([*stay.image_path, *aside.image_path]) == sorted(samples.image_path)
-        assert aside.label_index.value_counts().to_dict() == {0: 6, 1: 3}
+        stay, held_out = hold_out(samples, 0.3, seed, None)
+        assert sorted([*stay.image_path, *held_out.image_path]) == sorted(samples.image_path)
+        assert held_out.label_index.value_counts().to_dict() == {0: 6, 1: 3}
     shuffled = samples.sample(frac=1, random_state=0)
-    assert set(hold_out(shuffled, 0.3, 4, None)[1].image_path) == set(aside.image_path)
-    assert set(hold_out(samples, 0.3, 5, None)[1].image_path) != set(aside.image_path)
+    assert set(hold_out(shuffled, 0.3, 4, None)[1].image_path) == set(held_out.image_path)
+    assert set(hold_out(samples, 0.3, 5, None)[1].image_path) != set(held_out.image_path)
 
 
-def test_groups_are_set_aside_whole():
+def test_groups_are_held_out_whole():
     healthy = table(*(f"h{i // 2}/{i}.png" for i in range(12)))  # 6 patients
     mixed = table(*(f"m{i // 5}/{i}.png" for i in range(20)), label=[0, 1, 1, 1, 0] * 4)  # 4 patients
     samples = pd.concat([healthy, mixed], ignore_index=True)
-    stay, aside = hold_out(samples, 0.5, 0, r"[hm]\d")
-    assert not {path[:2] for path in stay.image_path} & {path[:2] for path in aside.image_path}
-    assert sorted({path[0:2][0] for path in aside.image_path}) == ["h", "m"]
-    assert (len({p[:2] for p in aside.image_path}), len(aside)) == (5, 3 * 2 + 2 * 5)
+    stay, held_out = hold_out(samples, 0.5, 0, r"[hm]\d")
+    assert not {path[:2] for path in stay.image_path} & {path[:2] for path in held_out.image_path}
+    assert sorted({path[0:2][0] for path in held_out.image_path}) == ["h", "m"]
+    assert (len({p[:2] for p in held_out.image_path}), len(held_out)) == (5, 3 * 2 + 2 * 5)
 
 
 def test_one_group_cannot_be_split():
-    stay, aside = hold_out(table("p/1.png", "p/2.png"), 0.5, 0, "^p")
-    assert (len(stay), len(aside)) == (2, 0)
+    stay, held_out = hold_out(table("p/1.png", "p/2.png"), 0.5, 0, "^p")
+    assert (len(stay), len(held_out)) == (2, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------- Content

@@ -48,12 +48,7 @@ def check_category(name: str) -> None:
 
 
 def category_folder(root: str | Path, category: str) -> Path:
-    """Return the folder of a category, ``root/Brain`` or ``root/Brain_AD``.
-
-    Raises:
-        ValueError: There is no such category in BMAD.
-        FileNotFoundError: It is not under the root.
-    """
+    """Return the folder of a category, ``root/Brain`` or ``root/Brain_AD``; FileNotFoundError if there is neither."""
     check_category(category)
     folders = [(name, Path(root, f"{name}{suffix}")) for name in CATEGORIES for suffix in ("_AD", "")]
     there = {name: folder for name, folder in folders if folder.is_dir()}
@@ -71,20 +66,14 @@ def find_samples(root: str | Path, category: str, split: str) -> DataFrame:
     """Return anomalib's samples table of a split: ``train``, ``valid`` or ``test``.
 
     Reads ``<split>/good`` and ``<split>/Ungood``, with or without a folder ``img`` inside, and masks in a folder
-    ``label`` or ``anomaly_mask`` beside, under the image's name up to the suffix.
-
-    Raises:
-        FileNotFoundError: The category is not there, or the split has no image.
-        ValueError: A mask is missing or belongs to no image, or a folder has another name.
+    ``label`` or ``anomaly_mask`` beside, under the image's name up to the suffix; ValueError where these do not match,
+    and FileNotFoundError where there is no image.
     """
     folder = category_folder(root, category) / split
     has_masks = CATEGORIES[category].has_masks
     found = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     if odd := sorted(name for name in found if name not in LABEL_FOLDERS and not name.startswith(".")):
-        msg = (
-            f"{folder} has a folder {odd[0]!r}; its folders must be called {' and '.join(LABEL_FOLDERS)}. Rename or "
-            "remove it."
-        )
+        msg = f"{folder} has a folder {odd[0]!r}; its folders must be called good and Ungood. Rename or remove it."
         raise ValueError(msg)
     rows = []
     for name, label in LABEL_FOLDERS.items():
@@ -118,8 +107,7 @@ def _match_masks(folder: Path, images: list[Path]) -> dict[str, Path]:
         twice = sorted(name for name, count in Counter(path.stem for path in (*found, *images)).items() if count > 2)
         msg = f"{folder} has several images or masks of one name up to the suffix: {twice[:5]}. Rename or remove them."
         raise ValueError(msg)
-    rule = f"A mask lies in {' or '.join(MASK_FOLDERS)} under its image's name."
-    check_mask_names(str(folder), stems, masks, rule)
+    check_mask_names(str(folder), stems, masks, "A mask lies in label or anomaly_mask under its image's name.")
     return masks
 
 
@@ -128,16 +116,12 @@ class BMADOneClass(BMAD):
 
     Takes the arguments of anomalib's ``BMAD``; reads both folder layouts and all categories, those without masks too.
 
-    Attributes:
-        class_name: Class name of the category.
-        needs_train: Whether training images are read; the folders that MVFA's authors published have none.
-
     Raises:
         ValueError: There is no such category in BMAD.
         FileNotFoundError: The root exists but does not hold the category.
     """
 
-    needs_train = True
+    needs_train = True  # whether training images are read; the folders that MVFA's authors published have none
 
     def __init__(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003  # anomalib's
         super().__init__(*args, **kwargs)

@@ -44,13 +44,8 @@ def draw_slice(rng: np.random.Generator, size: int, lesions: int) -> tuple[np.nd
 def write_phantom(root: Path, seed: int = 0, size: int = 128, train: int = 16, valid: int = 16, test: int = 24) -> None:
     """Write a data set in the layout of BMAD to ``root / "Brain"``, complete or not at all, unless that exists.
 
-    Args:
-        root: Folder that is to hold ``Brain``; it is made if needed. A killed run leaves at most a hidden folder in it.
-        seed: Seed of all images; each depends on its place in the data set too, and not on the number of others.
-        size: Height and width of the images in pixels.
-        train: Number of normal images to train on.
-        valid: Number of normal, and again of abnormal, images to validate on.
-        test: Number of normal, and again of abnormal, images to test on.
+    There are ``train`` normal images, and ``valid`` and ``test`` normal and as many abnormal ones, of ``size`` pixels a
+    side. Each depends on the seed and its place, not on their number. A killed run leaves at most a hidden folder.
     """
     target = root / "Brain"
     if target.exists():
@@ -97,8 +92,8 @@ class BrainPhantom(BMADOneClass):
         eval_batch_size: int = 32,
         num_workers: int = 8,
     ) -> None:
-        loading = {"train_batch_size": train_batch_size, "eval_batch_size": eval_batch_size, "num_workers": num_workers}
-        super().__init__(root=Path(root) / f"size{size}-seed{seed}", seed=seed, **loading)
+        folder = Path(root) / f"size{size}-seed{seed}"
+        super().__init__(folder, "Brain", train_batch_size, eval_batch_size, num_workers, seed=seed)
         self.size = size
 
     @property

@@ -18,11 +18,7 @@ _checked: set[str] = set()
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read an image file as 8-bit RGB.
-
-    Raises:
-        ValueError: The file is no readable image, or has more than 8 bits a channel.
-    """
+    """Read an image file as 8-bit RGB; ValueError if it is no readable image, or has more than 8 bits a channel."""
     return _load(path, "RGB")
 
 
@@ -51,11 +47,7 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
 
 
 def find_images(folder: Path, paths: Iterable[Path], is_image: Callable[[Path], bool]) -> list[Path]:
-    """Return the images among the paths in a folder, sorted; other files are named in the log.
-
-    Raises:
-        ValueError: What is an image by its name is no file.
-    """
+    """Return the images among the paths in a folder, sorted, which must be files; the log names what is left out."""
     found = sorted(paths)
     images = [path for path in found if is_image(path)]
     for path in images:

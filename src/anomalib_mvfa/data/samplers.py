@@ -44,8 +44,7 @@ class OneDatasetBatches(DistributedSampler):
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this process's share of every batch."""
         rng = None if self.order_seed is None else np.random.default_rng([self.order_seed, self.epoch])
-        batches = []
-        start = 0
+        batches, start = [], 0
         step = self.batch_size * self.num_replicas
         for part in self.dataset.parts:
             order = np.arange(start, start + len(part))
@@ -83,19 +82,12 @@ def eval_loader(dataset: AnomalibDataset, batch_size: int, num_workers: int) -> 
 
 
 def _loader(
-    dataset: AnomalibDataset,
-    sampler: DistributedSampler,
-    batch_size: int | None,
-    num_workers: int,
+    dataset: AnomalibDataset, sampler: DistributedSampler, batch_size: int | None, num_workers: int
 ) -> DataLoader:
     for part in dataset.parts if isinstance(dataset, ConcatDataset) else [dataset]:
         if getattr(part, "reader", part) is None:
             will_read(part.samples.image_path)
     # Lightning rebuilds loaders by keyword, so nothing but the dataset is given by position.
     return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        collate_fn=dataset.collate_fn,
-        num_workers=num_workers,
+        dataset, batch_size=batch_size, sampler=sampler, collate_fn=dataset.collate_fn, num_workers=num_workers
     )

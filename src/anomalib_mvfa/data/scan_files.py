@@ -87,7 +87,7 @@ def to_8_bit(scan: Scan, window: Window | None, path: Path) -> list[Image.Image]
     Percentiles are of all slices together.
 
     Raises:
-        ValueError: There is no window, or its ends are in the wrong order in this file, which the error names.
+        ValueError: There is no window, or it falls in this file.
     """
     values = scan.slices
     if not scan.is_8_bit:

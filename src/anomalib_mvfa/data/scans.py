@@ -31,8 +31,6 @@ from .scan_files import PILLOW_SUFFIXES, Bound, Scan, Window, check_window, is_s
 from .support import hold_out
 
 RECORD = "scans.json"
-GROUPS = r".*/(?:normal_test|abnormal|normal)/(.+(?=_slice\d+\.png$)|.+(?=/[^/]+\.png$)|[^/]+(?=\.png$))"
-"""Pattern of an 8-bit slice's group: the file, or the folder that a file of one slice is in."""
 
 
 class Scans(Folder):
@@ -60,7 +58,8 @@ class Scans(Folder):
         ValueError: The window is none.
     """
 
-    group_by = GROUPS
+    # Of a slice: the file, or the folder that a file of one slice is in.
+    group_by = r".*/(?:normal_test|abnormal|normal)/(.+(?=_slice\d+\.png$)|.+(?=/[^/]+\.png$)|[^/]+(?=\.png$))"
 
     def __init__(
         self,
@@ -130,10 +129,7 @@ class PredictScans(PredictDataset):
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        window: Sequence[Bound] | None = None,
-        pictures: str | Path = "./results/pictures",
+        self, path: str | Path, window: Sequence[Bound] | None = None, pictures: str | Path = "./results/pictures"
     ) -> None:
         target = convert({"scans": Path(path).expanduser()}, Path(pictures).expanduser(), check_window(window))
         super().__init__(target / "scans")
@@ -143,10 +139,10 @@ def convert(sources: Mapping[str, Path], pictures: Path, window: Window | None) 
     """Convert scans to 8-bit slices, unless that has been done, and return their folder, which is never incomplete.
 
     Args:
-        sources: Folders of scans by the names of their slices' folders: "mask" is one of masks of those in "abnormal",
-            whose normal slices go to "normal_test".
+        sources: Folders of scans by the names of their slices' folders; "mask" has masks of those in "abnormal", whose
+            normal slices go to "normal_test".
         pictures: Folder that the slices' folder is in.
-        window: Window of :func:`~anomalib_mvfa.data.scan_files.check_window`.
+        window: Window of the scans.
 
     Raises:
         FileNotFoundError: A folder does not exist or holds no scan.
@@ -157,8 +153,10 @@ def convert(sources: Mapping[str, Path], pictures: Path, window: Window | None) 
             msg = f"The folder of {kind} ({folder}) is, or is inside, that of {other} ({outer}). Give each its own."
             raise ValueError(msg)
     scans = {kind: _find_scans(folder) for kind, folder in sources.items()}
-    states = {kind: [_state(path) for path in paths.values()] for kind, paths in scans.items()}
-    digest = hashlib.sha256(json.dumps([window, states]).encode()).hexdigest()[:12]
+    states = {
+        kind: [(p.resolve(), p.stat().st_size, p.stat().st_mtime_ns) for p in scans[kind].values()] for kind in scans
+    }
+    digest = hashlib.sha256(repr([window, states]).encode("utf-8", "surrogateescape")).hexdigest()[:12]
     target, partial = pictures / digest, pictures / f".{digest}.partial"
     pictures.mkdir(parents=True, exist_ok=True)
     with FileLock(pictures / f".{digest}.lock"):
@@ -175,11 +173,6 @@ def convert(sources: Mapping[str, Path], pictures: Path, window: Window | None) 
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return target
-
-
-def _state(path: Path) -> list[str | int]:
-    """Return what changes when a file does."""
-    return [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
 
 
 def _list(folder: Path) -> str:
@@ -248,7 +241,7 @@ def _write_slices(scans: Mapping[str, Mapping[Path, Path]], target: Path, window
                     _save(Image.fromarray(marks[index].astype(np.uint8) * 255), target / "mask" / file)
     if empty := [str(group) for group, is_marked in marked.items() if not is_marked]:
         msg = (
-            f"Masks mark nothing of {empty[:5]}, in the folder of abnormal scans. Correct the masks, or move the scans."
+            f"Masks mark nothing of {empty[:5]}, in the folder of abnormal scans. Correct the masks or move the scans."
         )
         raise ValueError(msg)
 
@@ -264,17 +257,15 @@ def _read_marks(path: Path, scan: Scan, scan_path: Path) -> np.ndarray:
         marks = np.any(mask.slices > MASK_THRESHOLD, axis=-1)  # of pages, which are read as colours
     else:
         marks = mask.slices > 0
-    if marks.ndim > 3:
-        msg = f"Mask {path} has colours; grey values are expected."
-        raise ValueError(msg)
-    own, other = (one.shape[:3] for one in (marks, scan.slices))
+    own, other = marks.shape, scan.slices.shape[:3]
     is_same = (own, mask.orientation) == (other, scan.orientation)
     if mask.affine is not None and scan.affine is not None:
         is_same &= np.allclose(mask.affine, scan.affine, rtol=1e-3, atol=0.1)
     if not is_same:
         msg = (
             f"Mask {path} and its scan {scan_path} are not on the same grid. Slices, height and width: {own}, {other}; "
-            f"orientation: {mask.orientation}, {scan.orientation}; affine: {mask.affine}, {scan.affine}. Resample it."
+            f"orientation: {mask.orientation}, {scan.orientation}; affine: {mask.affine}, {scan.affine}. Resample it, "
+            "to grey values."
         )
         raise ValueError(msg)
     return marks

@@ -155,8 +155,8 @@ def support_of(
     Args:
         datamodule: Datamodule of the run, if there is one.
         train_data: Training dataset of a run without datamodule.
-        bank_images: Number of normal images to draw where the datamodule has no support of its own.
-        seed: Seed of that draw.
+        bank_images: Number of normal images to draw, by the seed, where the datamodule has no support of its own.
+        seed: Seed of the draw.
     """
     if datamodule is not None and hasattr(datamodule, "support"):
         return datamodule.support
