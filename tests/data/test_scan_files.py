@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from anomalib_mvfa.data.scan_files import check_window, is_scan, read_scan, stem_of, to_8_bit
-from scan_recipe import write_dicom, write_nifti
+from scan_recipe import write_dicom, write_nifti, write_rgb_16_bit
 
 HOUNSFIELD = np.array([[-1024, -150], [0, 50], [250, 3000]], np.int16)
 """(3, 2)"""
@@ -215,23 +215,9 @@ def test_an_image_of_one_value_is_black(tmp_path):
 
 
 def test_16_bit_colours_are_refused(tmp_path):
-    rows = b"".join(b"\0" + bytes(12) for _ in range(2))
-    write_png(tmp_path / "a.png", rows)
+    write_rgb_16_bit(tmp_path / "a.png")
     with pytest.raises(ValueError, match="colours of more than 8 bits are not supported"):
         read_scan(tmp_path / "a.png")
-
-
-def write_png(path, rows):
-    """Write a PNG of 2 x 2 pixels and 16-bit RGB, which Pillow does not write."""
-    import struct
-    import zlib
-
-    def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
-    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
 
 
 # --------------------------------------------------------------------------------------------------- Names and packages

@@ -50,16 +50,6 @@ def test_the_support_does_not_depend_on_the_order_of_the_file_system(phantom_roo
     assert names[0] == names[1]
 
 
-def test_the_support_follows_the_seed(phantom_root):
-    def names(seed):
-        data = BMADFewShot(phantom_root, k_shot=2, seed=seed)
-        data.setup()
-        return tuple(data.support.samples.image_path)
-
-    assert names(0) == names(0)
-    assert len({names(seed) for seed in range(4)}) == 4
-
-
 # -------------------------------------------------------------------------------------------------------------- Lists
 
 

@@ -29,10 +29,10 @@ class SplitDataModule(AnomalibDataModule):
         train_batch_size: Images in a training batch.
         eval_batch_size: Images in a validation or test batch.
         num_workers: Processes that load images.
-        train_augmentations: Applied to training images; in few-shot, before the views are taken.
-        val_augmentations: Applied to validation images.
-        test_augmentations: Applied to test images.
-        augmentations: Applied where none of the three above is given.
+        train_augmentations: Augmentations of training images; in few-shot, before the views are taken.
+        val_augmentations: Augmentations of validation images.
+        test_augmentations: Augmentations of test images.
+        augmentations: Augmentations where none of the three above are given.
         seed: Seed of draws, and of the order of training.
 
     Attributes:
@@ -119,10 +119,7 @@ def resolve_source(source: Source) -> AnomalibDataModule:
 def set_up_source(source: AnomalibDataModule, seed: int, with_train: bool = False) -> AnomalibDataset | None:
     """Set a source up, and return its validation images; None if all its labelled images are test images.
 
-    Args:
-        source: The source.
-        seed: Seed of its splits where it has no seed.
-        with_train: Whether its training images are needed.
+    The seed is for its splits where it has none; ``with_train`` says whether its training images are needed.
     """
     if hasattr(source, "needs_train"):
         source.needs_train = with_train

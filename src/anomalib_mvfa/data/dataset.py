@@ -101,17 +101,7 @@ class SupportViewDataset(SampleDataset):
 
     def __init__(self, support: SampleDataset) -> None:
         super().__init__(support.samples, support.class_name, support.augmentations, support.reader)
-        self._items: dict[int, ImageItem] = {}
-
-    @property
-    def augmentations(self) -> Transform | None:
-        """Anomalib's augmentations, applied before the view is taken."""
-        return self._augmentations
-
-    @augmentations.setter
-    def augmentations(self, augmentations: Transform | None) -> None:
-        self._augmentations = augmentations
-        self._items = {}
+        self._items: dict[tuple[int, Transform | None], ImageItem] = {}
 
     def __len__(self) -> int:
         """Return how many views there are."""
@@ -120,9 +110,10 @@ class SupportViewDataset(SampleDataset):
     def __getitem__(self, index: int) -> ImageItem:
         """Return an item whose image ``(3, H, W)`` and mask ``(H, W)`` are views."""
         which, row = divmod(index, len(self.samples))
-        item = self._items.get(row) or super().__getitem__(row)
+        key = row, self.augmentations  # which are applied before the view is taken
+        item = self._items.get(key) or super().__getitem__(row)
         if self.augmentations is None or isinstance(self.augmentations, Resize):
-            self._items[row] = item  # the same in every epoch
+            self._items[key] = item  # the same in every epoch
         seen = copy.copy(item)
         seen.image = view(cast("torch.Tensor", item.image), which)
         if item.gt_mask is not None:

@@ -84,10 +84,10 @@ def read_scan(path: Path, as_mask: bool = False) -> Scan:
 def to_8_bit(scan: Scan, window: Window | None, path: Path) -> list[Image.Image]:
     """Return a scan's slices as 8-bit images, in a window or by default the file's own; 8-bit scans as they are.
 
-    Percentiles are of all slices together.
+    Percentiles are of all slices together. Where both ends of the window are the same, what is above is white.
 
     Raises:
-        ValueError: There is no window, or it falls in this file.
+        ValueError: There is no window, or its ends fall in this file.
     """
     values = scan.slices
     if not scan.is_8_bit:
@@ -95,15 +95,13 @@ def to_8_bit(scan: Scan, window: Window | None, path: Path) -> list[Image.Image]
         if bounds is None:
             msg = (
                 f"{path} has more than 8 bits a pixel and no intensity window of its own. Say which values become "
-                "black and which white: window=[-150, 250], in the file's units; or window=[1%, 99%], percentiles of "
-                "a file."
+                "black and which white: window=[-150, 250], in its units, or window=[1%, 99%], percentiles of a file."
             )
             raise ValueError(msg)
         low, high = bounds
         if high < low:
             msg = f"{path}: the window is from {low:g} to {high:g} in this file. Give the lower end first."
             raise ValueError(msg)
-        # Where both ends are the same, what is above is white.
         share = np.clip((values.astype(np.float64) - low) / (high - low), 0, 1) if high > low else values > low
         values = np.round(255 * share).astype(np.uint8)
     return [Image.fromarray(255 - plane if scan.inverted else plane) for plane in values]

@@ -59,16 +59,11 @@ def read_support_list(path: str | Path, category: str, k_shot: int) -> dict[Labe
 
 
 def pick(pool: DataFrame, names: list[str], count: int | None, where: str) -> DataFrame:
-    """Return the samples with these file names.
-
-    Args:
-        pool: Samples to pick from, of one label.
-        names: File names, or as much of the end of the paths as tells files of the same name apart.
-        count: How many there should be, if that is known.
-        where: What names them, for errors.
+    """Return the samples with these file names, or ends of paths that tell files of the same name apart.
 
     Raises:
-        ValueError: A name is not in the pool or fits several files, or their number is another.
+        ValueError: A name is not in the pool or fits several files, or there are not ``count`` of them, if that is
+            given. The error begins with ``where``, which names them.
     """
     paths = ["/" + Path(path).as_posix() for path in pool.image_path]
     rows = {name: [row for row, path in enumerate(paths) if path.endswith(f"/{name}")] for name in names}
