@@ -1,5 +1,7 @@
 """Scans in the formats of scanners, written for tests."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import nibabel
@@ -39,3 +41,14 @@ def write_nifti(path: Path, values: np.ndarray, affine: np.ndarray | None = None
     path.parent.mkdir(parents=True, exist_ok=True)
     nibabel.save(nibabel.Nifti1Image(values, np.eye(4) if affine is None else affine), path)
     return path
+
+
+def write_rgb_16_bit(path: Path) -> None:
+    """Write a black PNG of 8 x 8 pixels and 16-bit RGB, which Pillow does not write."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + bytes(48)) * 8)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))

@@ -17,9 +17,9 @@ from anomalib.cli.cli import AnomalibCLI
 
 from anomalib_mvfa import BMADFewShot, Mvfa
 from anomalib_mvfa.data.bmad import CATEGORIES
-from anomalib_mvfa.model.build import build_mvfa
 from anomalib_mvfa.data.phantom import write_phantom
 from anomalib_mvfa.data.support import group_of
+from anomalib_mvfa.model.build import build_mvfa
 from recipe import write_support_list
 from workspace import PATIENTS, write_scans
 

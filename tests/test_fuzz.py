@@ -18,7 +18,7 @@ from anomalib_mvfa import load_adapters
 from anomalib_mvfa.compare.plan import Comparison
 from anomalib_mvfa.compare.results import read_row
 from anomalib_mvfa.data.reading import read_image
-from anomalib_mvfa.data.scan_files import checked_window, pictures, read_scan
+from anomalib_mvfa.data.scan_files import check_window, read_scan, to_8_bit
 from anomalib_mvfa.data.support import read_support_list
 from anomalib_mvfa.model.weights import read_state
 from recipe import TINY, adapter_weights
@@ -122,7 +122,7 @@ def test_images(whole, name, changes):
 def test_scans(whole, name, changes):
     path = damaged(whole / name, changes)
     try:
-        shown = pictures(read_scan(path), checked_window([0, 1000]), path)
+        shown = to_8_bit(read_scan(path), check_window([0, 1000]), path)
     except ValueError as error:
         assert str(path) in str(error)  # noqa: PT017
     else:

@@ -438,9 +438,9 @@ def download(archive):
 
 
 def draw():
-    from anomalib_mvfa import Phantom
+    from anomalib_mvfa import BrainPhantom
 
-    data = Phantom("datasets/Phantom", size=32, num_workers=0)
+    data = BrainPhantom("datasets/Phantom", size=32, num_workers=0)
     data.prepare_data()
     data.setup()
     return len(data.test_data)

@@ -14,7 +14,7 @@ from anomalib.data import Folder
 from anomalib.engine import Engine
 from PIL import Image
 
-from anomalib_mvfa import BMADFewShot, FewShot, Mvfa, Phantom
+from anomalib_mvfa import BMADFewShot, BrainPhantom, FewShot, Mvfa
 
 GROUPS = {"valid": ("valid", "good"), "support": ("valid", "Ungood"), "test": ("test", "good")}
 
@@ -236,7 +236,7 @@ def test_validation_of_no_image_works(root, run, caplog):
 
 
 def test_normal_images_alone_build_the_bank_and_say_so(tmp_path, run, caplog):
-    data = Phantom(tmp_path, size=32, eval_batch_size=16, num_workers=0)
+    data = BrainPhantom(tmp_path, size=32, eval_batch_size=16, num_workers=0)
     with caplog.at_level(logging.INFO, "anomalib.mvfa"):
         assert 0 <= run(data)["image_AUROC"] <= 1
     assert "The training data hold no abnormal image" in caplog.text

@@ -16,7 +16,7 @@ import anomalib_mvfa
 from anomalib_mvfa import Mvfa, MvfaModel, demo, plugin
 from anomalib_mvfa.compare import run
 from anomalib_mvfa.compare.job import CompareJob
-from anomalib_mvfa.data.protocols import _Protocol
+from anomalib_mvfa.data.base import SplitDataModule
 from workspace import write_workspace
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def reader(desk, monkeypatch):
     small = {"image_size": IMAGE_SIZE, "max_epochs": 1, "visualizer": False}
     _change_defaults(monkeypatch, Mvfa, **tiny, **small)
     _change_defaults(monkeypatch, MvfaModel, **tiny, image_size=IMAGE_SIZE)
-    _change_defaults(monkeypatch, _Protocol, num_workers=0)
+    _change_defaults(monkeypatch, SplitDataModule, num_workers=0)
     monkeypatch.delenv("TRUST_REMOTE_CODE", raising=False)
     return monkeypatch
 

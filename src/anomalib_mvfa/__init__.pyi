@@ -14,6 +14,7 @@ from .baselines.winclip import WinClipBaseline as WinClipBaseline
 from .data import BMADFewShot as BMADFewShot
 from .data import BMADLeaveOneOut as BMADLeaveOneOut
 from .data import BMADOneClass as BMADOneClass
+from .data import BrainPhantom as BrainPhantom
 from .data import FewShot as FewShot
 from .data import FullNormal as FullNormal
 from .data import LeaveOneOut as LeaveOneOut

@@ -5,7 +5,7 @@ import torch
 from anomalib.models import WinClip, list_models
 from torch.nn.functional import cosine_similarity, linear
 
-from anomalib_mvfa import BMADFewShot, Phantom
+from anomalib_mvfa import BMADFewShot, BrainPhantom
 from anomalib_mvfa.baselines.winclip import WinClipBaseline
 from recipe import WINDOWS, images, write_clip
 
@@ -83,7 +83,7 @@ def test_references_are_processed_as_scored_images(build, engine, phantom_root, 
 
 
 def test_references_of_data_without_a_support(build, engine, tmp_path):
-    data = Phantom(tmp_path / "phantom", size=32, eval_batch_size=16, num_workers=0)
+    data = BrainPhantom(tmp_path / "phantom", size=32, eval_batch_size=16, num_workers=0)
     model = build(k_shot=3)
     engine().validate(model, datamodule=data)
     again = build(k_shot=3)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from anomalib.cli.cli import AnomalibCLI
 
+from anomalib_mvfa.model.torch_model import MvfaModel
 from anomalib_mvfa.repeat import ScoreRecorder
 from recipe import write_support_list
 
@@ -45,15 +46,29 @@ def run(bmad_mini, mini_clip, tmp_path):
 
 
 @pytest.mark.parametrize("category", FIGURES)
-def test_published_scores(run, category):
-    figures = FIGURES[category]
-    metrics, _ = run(category)
+def test_published_scores(run, category, monkeypatch):
+    figures, seen, scores = FIGURES[category], [], MvfaModel.branch_scores
+
+    def watched(*args, **kwargs):
+        seen.append(scores(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(MvfaModel, "branch_scores", watched)
+    metrics, cli = run(category)
     if category == "Brain":
         assert metrics["image_AUROC"] == pytest.approx(figures["auc_image_from_map"], abs=1e-6)
         assert metrics["pixel_AUROC"] == pytest.approx(figures["auc_pixel"], abs=5e-6)  # counted in bins
     else:
         assert metrics["image_AUROC"] == pytest.approx(figures["auc_image_from_det"], abs=1e-6)
         assert "pixel_AUROC" not in metrics
+    if category == "Chest":
+        recorder = next(c for c in cli.engine.trainer.callbacks if isinstance(c, ScoreRecorder))
+        names = [Path(path).name for path in recorder.scores.paths]
+        rows = [names.index(name) for name in figures["files"]]
+        for branch, key in (("zero", "zero_det_mean"), ("few", "few_det_mean")):
+            values = torch.cat([getattr(score, branch) for score in seen])[-len(names) :][rows]
+            expected = torch.tensor(figures[key])
+            torch.testing.assert_close(values, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize("category", FIGURES)
@@ -63,25 +78,3 @@ def test_published_scores_without_support(run, category):
     assert metrics["image_AUROC"] == pytest.approx(FIGURES[category]["auc_image_zero_det"], abs=1e-6)
     if category == "Brain":
         assert metrics["pixel_AUROC"] == pytest.approx(FIGURES[category]["auc_pixel_zero"], abs=5e-6)
-
-
-def test_scores_of_every_file(run, monkeypatch):
-    from anomalib_mvfa.model.torch_model import MvfaModel
-
-    seen = []
-    scores = MvfaModel.branch_scores
-
-    def watched(*args, **kwargs):
-        seen.append(scores(*args, **kwargs))
-        return seen[-1]
-
-    monkeypatch.setattr(MvfaModel, "branch_scores", watched)
-    figures = FIGURES["Chest"]
-    _, cli = run("Chest")
-    recorder = next(c for c in cli.engine.trainer.callbacks if isinstance(c, ScoreRecorder))
-    names = [Path(path).name for path in recorder.scores.paths]
-    rows = [names.index(name) for name in figures["files"]]
-    for branch, key in (("zero", "zero_det_mean"), ("few", "few_det_mean")):
-        values = torch.cat([getattr(score, branch) for score in seen])[-len(names) :][rows]
-        expected = torch.tensor(figures[key])
-        torch.testing.assert_close(values, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)

@@ -151,11 +151,11 @@ def test_items_are_loaded_by_workers_as_well(tmp_path):
     from PIL import Image
 
     parts = []
-    for noun, label in (("Brain", 0), ("Liver", 1)):
-        path = tmp_path / f"{noun}.png"
+    for class_name, label in (("Brain", 0), ("Liver", 1)):
+        path = tmp_path / f"{class_name}.png"
         Image.new("L", (8, 8), 100 * label).save(path)
         samples = pd.DataFrame([{"image_path": str(path), "label_index": label, "mask_path": "", "split": "test"}])
         samples.attrs["task"] = "classification"
-        parts.append(SampleDataset(samples, noun))
+        parts.append(SampleDataset(samples, class_name))
     loader = train_loader(ConcatDataset(parts), 2, 0, num_workers=1)
     assert {batch.class_name: batch.gt_label.tolist() for batch in loader} == {"Brain": [0], "Liver": [1]}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_mvfa.data.scan_files import checked_window, is_scan, pictures, read_scan, stem_of
-from scan_recipe import write_dicom, write_nifti
+from anomalib_mvfa.data.scan_files import check_window, is_scan, read_scan, stem_of, to_8_bit
+from scan_recipe import write_dicom, write_nifti, write_rgb_16_bit
 
 HOUNSFIELD = np.array([[-1024, -150], [0, 50], [250, 3000]], np.int16)
 """(3, 2)"""
@@ -19,7 +19,7 @@ LOWEST = [[16, 4], [20, 8]]
 
 
 def shown(path, window=None):
-    return [np.asarray(picture).tolist() for picture in pictures(read_scan(path), checked_window(window), path)]
+    return [np.asarray(picture).tolist() for picture in to_8_bit(read_scan(path), check_window(window), path)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- DICOM
@@ -169,7 +169,7 @@ def test_16_bit_files(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
-def test_deep_tiff(tmp_path, kind):
+def test_tiff_of_high_bit_depth(tmp_path, kind):
     Image.fromarray(HOUNSFIELD.astype(kind)).save(tmp_path / "a.tif")
     assert shown(tmp_path / "a.tif", [-150, 250]) == [SOFT_TISSUE]
 
@@ -188,7 +188,7 @@ def test_pages_of_several_depths_are_refused(tmp_path):
             read_scan(tmp_path / name)
 
 
-def test_deep_tiff_whose_0_is_white(tmp_path):
+def test_tiff_of_high_bit_depth_whose_0_is_white(tmp_path):
     Image.fromarray(np.array([[0, 1000]], np.uint16)).save(tmp_path / "a.tif", tiffinfo={262: 0})
     assert shown(tmp_path / "a.tif", [0, 1000]) == [[[255, 0]]]
 
@@ -215,23 +215,9 @@ def test_an_image_of_one_value_is_black(tmp_path):
 
 
 def test_16_bit_colours_are_refused(tmp_path):
-    rows = b"".join(b"\0" + bytes(12) for _ in range(2))
-    write_png(tmp_path / "a.png", rows)
+    write_rgb_16_bit(tmp_path / "a.png")
     with pytest.raises(ValueError, match="colours of more than 8 bits are not supported"):
         read_scan(tmp_path / "a.png")
-
-
-def write_png(path, rows):
-    """Write a PNG of 2 x 2 pixels and 16-bit RGB, which Pillow does not write."""
-    import struct
-    import zlib
-
-    def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
-    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
 
 
 # --------------------------------------------------------------------------------------------------- Names and packages
@@ -265,7 +251,9 @@ def test_broken_files_are_named(tmp_path, name, content):
 def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
     (tmp_path / name).touch()
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ModuleNotFoundError, match=rf"{name} is a .* file\. .*: pip install 'anomalib-mvfa\[scans\]'"):
+    with pytest.raises(
+        ModuleNotFoundError, match=rf"{name} needs a further package, {package}: pip install 'anomalib-mvfa\[scans\]'"
+    ):
         read_scan(tmp_path / name)
 
 
@@ -275,11 +263,11 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
 )
 def test_windows_that_are_none(window):
     with pytest.raises(ValueError, match=r"window=.* must be two ends, the lower one first: values such as"):
-        checked_window(window)
+        check_window(window)
 
 
 def test_windows():
-    assert checked_window(None) is None
-    assert checked_window([-150, 250]) == (-150.0, 250.0)
-    assert checked_window(("1%", "99.5 %")) == ("1%", "99.5%")
-    assert checked_window(["0", "5"]) == (0.0, 5.0)
+    assert check_window(None) is None
+    assert check_window([-150, 250]) == (-150.0, 250.0)
+    assert check_window(("1%", "99.5 %")) == ("1%", "99.5%")
+    assert check_window(["0", "5"]) == (0.0, 5.0)

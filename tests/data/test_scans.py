@@ -1,4 +1,4 @@
-"""Scans in datamodules and in prediction: right pictures, labels and masks, or one error and nothing left behind."""
+"""Scans in datamodules and in prediction: right slices, labels and masks, or one error and nothing left behind."""
 
 import errno
 import os
@@ -51,7 +51,7 @@ def hospital(tmp_path_factory):
 
 @pytest.fixture
 def copied(hospital, tmp_path):
-    """A copy of them, to spoil."""
+    """A copy of them, to change."""
     shutil.copytree(hospital, tmp_path / "hospital")
     return tmp_path / "hospital"
 
@@ -61,13 +61,19 @@ def source(root, pictures, **changes):
     return Scans("wards", root=root, pictures=pictures, **{**folders, "window": WINDOW, "num_workers": 0, **changes})
 
 
+def converted(data):
+    """Return the folder of the 8-bit slices."""
+    return scans.convert(data.folders, data.pictures, data.window)
+
+
 def names(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    found = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return sorted(str(path.relative_to(folder)) for path in found)
 
 
-def test_every_slice_becomes_a_picture_by_its_mask(hospital, tmp_path, caplog):
-    source(hospital, tmp_path / "out").prepare_data()
-    found = names(tmp_path / "out")
+def test_every_slice_is_converted_by_its_mask(hospital, tmp_path, caplog):
+    out = converted(source(hospital, tmp_path / "out"))
+    found = names(out)
     numbers = [f"q{number}_slice{index:03d}.png" for number in range(ABNORMAL) for index in range(SLICES)]
     ill = [name for name in numbers if int(name[-7:-4]) in MARKED]
     assert [name for name in found if name.startswith("abnormal/")] == [f"abnormal/{name}" for name in ill]
@@ -76,16 +82,11 @@ def test_every_slice_becomes_a_picture_by_its_mask(hospital, tmp_path, caplog):
     assert [name for name in found if name.startswith("normal_test/")] == rest
     assert sum(name.startswith("normal/") for name in found) == NORMAL * SLICES
     assert f"normal/deep/p9_slice{SLICES - 1:03d}.png" in found
-    assert "1 files are no scans by their names and left out: ['notes.txt']" in caplog.text
-
-
-def test_pictures_show_the_window_and_masks_lie_on_lesions(hospital, tmp_path):
-    source(hospital, tmp_path / "out").prepare_data()
-    picture = np.asarray(Image.open(tmp_path / "out/abnormal/q3_slice002.png"))
-    mask = np.asarray(Image.open(tmp_path / "out/mask/q3_slice002.png"))
+    assert "1 files are no images by their names and left out: ['notes.txt']" in caplog.text
+    image, mask = (np.asarray(Image.open(out / kind / "q3_slice002.png")) for kind in ("abnormal", "mask"))
     assert set(np.unique(mask)) == {0, 255}
-    assert (picture[mask > 0] == round(255 * 0.9)).all()
-    assert (picture[mask == 0] < 128).all()
+    assert (image[mask > 0] == round(255 * 0.9)).all()
+    assert (image[mask == 0] < 128).all()
     assert mask[-9:, -9:].all()  # the patient's left and back
 
 
@@ -138,23 +139,23 @@ def test_nothing_is_converted_twice_unless_it_changed(copied, tmp_path, monkeypa
     monkeypatch.setattr(
         scans, "read_scan", lambda path, real=scans.read_scan, **how: (read.append(path.name), real(path, **how))[1]
     )
-    out = tmp_path / "out"
+    data = source(copied, tmp_path / "out")
     files = NORMAL + 2 * ABNORMAL
-    source(copied, out).prepare_data()
-    source(copied, out).prepare_data()
+    first = converted(data)
+    assert converted(data) == first
     assert len(read) == files
-    source(copied, out, window=[0, 500]).prepare_data()
+    darker = converted(source(copied, tmp_path / "out", window=[0, 500]))
     assert len(read) == 2 * files
-    assert np.asarray(Image.open(out / "abnormal/q3_slice002.png")).max() == 255
+    assert np.asarray(Image.open(darker / "abnormal/q3_slice002.png")).max() == 255
     write_nifti(copied / "healthy/p0.nii.gz", volume(7, lesion=False)[0][..., :1])
-    source(copied, out, window=[0, 500]).prepare_data()
+    changed = converted(data)
     assert len(read) == 3 * files
-    assert "normal/p0.png" in names(out)
-    assert "normal/p0_slice000.png" not in names(out)
+    assert "normal/p0.png" in names(changed)
+    assert "normal/p0_slice000.png" in names(first)  # which is not touched
 
 
-def spoil(root, how):
-    """Spoil a data set, and return what the error must say."""
+def corrupt(root, how):
+    """Put a mistake into a data set, and return what the error must say."""
     values, mask = volume(1, lesion=True)
     if how == "cut short":
         path = root / "healthy/p3.nii.gz"
@@ -162,22 +163,25 @@ def spoil(root, how):
         return r"p3\.nii\.gz cannot be read as a scan"
     if how == "no mask":
         (root / "drawn/q1.nii").unlink()
-        return r"1 scans have no mask \['q1'\], 0 masks have no scan \[\]\. A mask has its scan's name"
+        return r"1 images have no mask \['q1'\], 0 masks have no image \[\]\. A mask has its scan's name"
     if how == "other shape":
         write_nifti(root / "drawn/q1.nii", mask[..., :2])
-        return r"Mask .*q1\.nii is \(2, 24, 24, 'RAS'\) in slices, .*its scan .*q1\.nii\.gz \(4, 24, 24, 'RAS'\)"
+        return r"q1\.nii and its scan .*q1\.nii\.gz are not .* Slices, height and width: \(2, 24, 24\), \(4, 24, 24\)"
     if how == "other orientation":
         write_nifti(root / "drawn/q1.nii", mask, np.diag([-1, 1, 1, 1]))
-        return r"q1\.nii is \(4, 24, 24, 'LAS'\) in .* \(4, 24, 24, 'RAS'\)\. They must agree"
+        return r"(?s)q1\.nii and its scan .*q1\.nii\.gz are not on the same grid.*orientation: LAS, RAS;.*Resample it"
+    if how == "other grid":
+        write_nifti(root / "drawn/q1.nii", mask, np.diag([3, 3, 9, 1]))
+        return r"(?s)q1\.nii and its scan .*q1\.nii\.gz are not on the same grid.*affine: "
     if how == "empty mask":
         write_nifti(root / "drawn/q1.nii", np.zeros_like(mask))
-        return r"mask of .*q1\.nii\.gz marks nothing, and it is in the folder of abnormal scans"
+        return r"Masks mark nothing of \['q1'\], in the folder of abnormal scans\. Correct"
     if how == "two suffixes":
         write_nifti(root / "healthy/p3.nii", values)
         return r"p3\.nii.* and .*p3\.nii.* differ by their suffixes only"
     if how == "dangling link":
         (root / "healthy/p8.nii.gz").symlink_to(root / "gone.nii.gz")
-        return r"p8\.nii\.gz"
+        return r"p8\.nii\.gz is no file: a folder, or a link to nothing"
     shutil.rmtree(root / "healthy")
     if how == "no folder":
         return r"healthy does not exist\. Give the folder of the scans"
@@ -193,6 +197,7 @@ def spoil(root, how):
         "no mask",
         "other shape",
         "other orientation",
+        "other grid",
         "empty mask",
         "two suffixes",
         "dangling link",
@@ -200,16 +205,14 @@ def spoil(root, how):
         "empty folder",
     ],
 )
-def test_a_mistake_gives_one_error_and_leaves_the_pictures_as_they_were(copied, tmp_path, how, before):
-    out = tmp_path / "out"
+def test_a_mistake_gives_one_error_and_leaves_the_slices_as_they_were(copied, tmp_path, how, before):
+    data = source(copied, tmp_path / "out")
     if before:
-        source(copied, out).prepare_data()
-    message, pictures = spoil(copied, how), [name for name in names(tmp_path) if ".lock" not in name]
+        converted(data)
+    message, there = corrupt(copied, how), names(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        source(copied, out).prepare_data()
-    assert [name for name in names(tmp_path) if ".lock" not in name] == [
-        name for name in pictures if ".lock" not in name
-    ]
+        converted(data)
+    assert names(tmp_path) == there
 
 
 def test_volumes_without_masks_have_no_labels(hospital, tmp_path):
@@ -224,38 +227,19 @@ def test_no_window(hospital, tmp_path):
         source(hospital, tmp_path / "out", window=[5, 1])
 
 
-def test_folders_of_others_are_left_alone(hospital, tmp_path):
+@pytest.mark.parametrize("gone", [scans.RECORD, "normal/p0_slice001.png", "mask"])
+def test_slices_that_are_gone_are_made_again_and_other_files_left_alone(hospital, tmp_path, gone):
+    """As after a kill amid the removal of slices, or of a conversion."""
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"pictures=.* holds other files, or is one\. Name a new folder"):
-        source(hospital, tmp_path).prepare_data()
-    assert names(tmp_path) == ["thesis.txt"]
-
-
-@pytest.mark.parametrize("record", ["{", '{"my": "metadata"}'])
-def test_a_record_that_is_not_ours_is_left_alone(hospital, tmp_path, record):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/scans.json").write_text(record)
-    with pytest.raises(FileExistsError, match="holds other files"):
-        source(hospital, tmp_path / "out").prepare_data()
-    assert (tmp_path / "out/scans.json").read_text() == record
-
-
-def test_a_file_beside_the_pictures_is_left_alone(hospital, tmp_path):
-    out = tmp_path / "out"
-    source(hospital, out).prepare_data()
-    (out / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="holds other files"):
-        source(hospital, out, window=[0, 500]).prepare_data()
-    assert (out / "thesis.txt").exists()
-
-
-def test_pictures_that_are_gone_are_made_again(hospital, tmp_path):
-    out = tmp_path / "out"
-    source(hospital, out).prepare_data()
-    pictures = names(out)
-    (out / "normal/p0_slice001.png").unlink()
-    source(hospital, out).prepare_data()
-    assert names(out) == pictures
+    data = source(hospital, tmp_path)
+    out = converted(data)
+    slices = names(tmp_path)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.copytree(out, partial)
+    shutil.rmtree(out / gone) if (out / gone).is_dir() else (out / gone).unlink()
+    assert converted(data) == out
+    assert names(tmp_path) == slices
+    assert "thesis.txt" in slices
 
 
 @pytest.mark.parametrize(
@@ -274,7 +258,7 @@ def test_folders_are_apart(copied, changes, message):
     assert (copied / "healthy/p0.nii.gz").exists()
 
 
-def test_two_windows_and_two_patients_have_pictures_of_their_own(copied, tmp_path, monkeypatch):
+def test_two_windows_and_two_patients_have_slices_of_their_own(copied, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first, second = source(copied, None), source(copied, None, window=[0, 500])
     first.setup()
@@ -289,7 +273,7 @@ def test_two_windows_and_two_patients_have_pictures_of_their_own(copied, tmp_pat
 
 def test_a_name_like_a_slices_is_refused(copied, tmp_path):
     Image.new("L", (SIZE, SIZE)).save(copied / "healthy/p0_slice001.png")
-    with pytest.raises(ValueError, match=r"Two scans have the picture p0_slice001\.png"):
+    with pytest.raises(ValueError, match=r"Two scans have the slice p0_slice001\.png"):
         source(copied, tmp_path / "out").prepare_data()
 
 
@@ -297,8 +281,8 @@ def test_folders_behind_links_are_read(copied, tmp_path):
     (copied / "healthy/deep").rename(tmp_path / "elsewhere")
     (copied / "healthy/link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/round").symlink_to(copied / "healthy")
-    source(copied, tmp_path / "out").prepare_data()
-    assert sum(name.startswith("normal/") for name in names(tmp_path / "out")) == NORMAL * SLICES
+    found = names(converted(source(copied, tmp_path / "out")))
+    assert sum(name.startswith("normal/") for name in found) == NORMAL * SLICES
 
 
 def test_series_of_single_files_are_patients(tmp_path):
@@ -311,7 +295,7 @@ def test_series_of_single_files_are_patients(tmp_path):
             write_dicom(tmp_path / f"drawn/q{number}/IM{index}", mask[..., index].astype(np.int16).T, **ct)
     data = source(tmp_path, tmp_path / "out")
     data.setup()
-    found = names(tmp_path / "out")
+    found = names(data.root)
     assert sum(name.startswith("abnormal/") for name in found) == 4 * len(MARKED)
     assert sum(name.startswith("normal_test/abnormal/") for name in found) == 4 * (4 - len(MARKED))
     parts = [part.samples.image_path for part in (data.train_data, data.val_data, data.test_data)]
@@ -321,55 +305,20 @@ def test_series_of_single_files_are_patients(tmp_path):
     shutil.copytree(tmp_path / "healthy/p0", tmp_path / "drawn/q1")
     for index in range(4):
         write_dicom(tmp_path / f"drawn/q1/IM{index}", np.zeros((SIZE, SIZE), np.int16))
-    with pytest.raises(ValueError, match=r"mask of .*/ill/q1/.* marks nothing"):
+    with pytest.raises(ValueError, match=r"Masks mark nothing of \['q1'\]"):
         source(tmp_path, tmp_path / "out").prepare_data()
 
 
-def test_a_mask_on_another_grid_is_refused(copied, tmp_path):
-    import nibabel
-
-    mask = nibabel.load(copied / "drawn/q0.nii")
-    moved = nibabel.Nifti1Image(np.asarray(mask.dataobj), mask.affine @ np.diag([3, 3, 9, 1]))
-    nibabel.save(moved, copied / "drawn/q0.nii")
-    with pytest.raises(ValueError, match=r"q0\.nii and its scan .*q0\.nii\.gz are not on the same grid"):
-        source(copied, tmp_path / "out").prepare_data()
-
-
-@pytest.mark.parametrize("first", [scans.RECORD, "normal/p0_slice000.png"])
-def test_a_kill_while_earlier_pictures_are_removed_leaves_no_part_of_them(hospital, tmp_path, monkeypatch, first):
-    class Killed(BaseException):
-        pass
-
-    def cut(folder, ignore_errors, real=shutil.rmtree):
-        if (folder / scans.RECORD).exists():
-            (folder / first).unlink()
-            raise Killed
-        real(folder, ignore_errors)
-
-    out = tmp_path / "out"
-    source(hospital, out).prepare_data()
-    pictures = names(out)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", cut)
-        with pytest.raises(Killed):
-            source(hospital, out, window=[0, 500]).prepare_data()
-    source(hospital, out).prepare_data()
-    assert names(out) == pictures
-    assert [path.name for path in tmp_path.iterdir() if ".lock" not in path.name] == ["out"]
-
-
-def test_a_full_disk_leaves_the_pictures_that_were_there(hospital, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_slices_that_were_there(hospital, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    out = tmp_path / "out"
-    source(hospital, out).prepare_data()
-    pictures = names(out)
+    converted(source(hospital, tmp_path))
+    slices = names(tmp_path)
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(OSError, match=r"/out was not written \(No space left on device\), and what was there is kept"):
-        source(hospital, out, window=[0, 500]).prepare_data()
-    assert names(out) == pictures
-    assert [path.name for path in tmp_path.iterdir() if ".lock" not in path.name] == ["out"]
+    with pytest.raises(OSError, match=r" was not written \(No space left on device\), and what was there is kept"):
+        converted(source(hospital, tmp_path, window=[0, 500]))
+    assert names(tmp_path) == slices
 
 
 def test_8_bit_masks_follow_the_rule_of_8_bit_masks(tmp_path):
@@ -380,15 +329,15 @@ def test_8_bit_masks_follow_the_rule_of_8_bit_masks(tmp_path):
     (tmp_path / "drawn").mkdir()
     mask = Image.fromarray(np.eye(SIZE, dtype=np.uint8) * 255)
     mask.save(tmp_path / "drawn/a.png")
-    source(tmp_path, tmp_path / "out").prepare_data()
-    assert np.array_equal(Image.open(tmp_path / "out/mask/a.png"), mask)
+    out = converted(source(tmp_path, tmp_path / "out"))
+    assert np.array_equal(Image.open(out / "mask/a.png"), mask)
     Image.fromarray(np.eye(SIZE, dtype=np.uint8)).save(tmp_path / "drawn/a.png")
     with pytest.raises(ValueError, match=r"has values up to 1, and only those above 127 count as abnormal"):
         source(tmp_path, tmp_path / "out").prepare_data()
 
 
 @pytest.mark.parametrize("path", ["ill/q0.nii.gz", "ill"])
-def test_prediction_has_a_map_and_a_picture_for_every_slice(hospital, tmp_path, tiny_config, path):
+def test_prediction_has_a_map_and_an_image_for_every_slice(hospital, tmp_path, tiny_config, path):
     dataset = PredictScans(hospital / path, WINDOW, tmp_path / "out")
     slices = SLICES * (ABNORMAL if path == "ill" else 1)
     assert len(dataset) == slices
@@ -397,4 +346,4 @@ def test_prediction_has_a_map_and_a_picture_for_every_slice(hospital, tmp_path, 
     batches = engine.predict(model, dataset=dataset)
     assert sum(len(batch.anomaly_map) for batch in batches) == slices
     shown = names(next((tmp_path / "run").rglob("images")))
-    assert [Path(name).name for name in shown] == names(tmp_path / "out/scans")
+    assert [Path(name).name for name in shown] == [path.name for path in dataset.image_filenames]

@@ -14,7 +14,9 @@ from anomalib.data import AnomalibDataModule, UnknownDatamoduleError, get_datamo
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
 
-from ..data.protocols import FewShot, FullNormal, LeaveOneOut, _Protocol, checked_pattern
+from ..data import FewShot, FullNormal, LeaveOneOut
+from ..data.base import SplitDataModule
+from ..data.support import check_pattern
 from ..io import atomic_write, file_digest
 from .paper import paper_table
 from .results import Row, read_row
@@ -75,7 +77,7 @@ class Method:
             msg = f"{where}categories=[] must be a list with at least one category."
             raise ValueError(msg)
         protocol = LeaveOneOut if self.protocol == "leave_one_out" else FewShot
-        accepted = {"data": {*signature(protocol).parameters, *signature(_Protocol).parameters}}
+        accepted = {"data": {*signature(protocol).parameters, *signature(SplitDataModule).parameters}}
         accepted["trainer"] = set(signature(Trainer).parameters)
         for name, names in accepted.items():
             _check_names(f"{where}{name}", getattr(self, name), names - set(SET_BY_JOB[name]))
@@ -94,8 +96,8 @@ class Comparison:
         seeds: Seeds of draws, orders and initial weights; one job per seed.
         weights: A file for a method's frozen backbone, or null for seeded random weights. Methods that are not named
             load what their model loads by itself.
-        support_list: Support in the published form, see :class:`~anomalib_mvfa.data.protocols.FewShot`.
-        group_by: Regular expression that names a patient, say; see the same class.
+        support_list: Support in the published form, see :class:`~anomalib_mvfa.data.few_shot.FewShot`.
+        group_by: Regular expression that names a patient, say, see the same.
         title: Heading of the report.
         paper: Table of the paper whose figures stand beside: "table1" to "table5" or "figure3".
         accelerator: Lightning's.
@@ -137,7 +139,7 @@ class Comparison:
             if not values or len(set(values)) != len(values):
                 msg = f"{name}={list(values)} must name at least one, and none twice."
                 raise ValueError(msg)
-        checked_pattern("group_by", self.group_by)
+        check_pattern("group_by", self.group_by)
         accelerators = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
         if self.accelerator not in accelerators:
             msg = f"accelerator={self.accelerator!r} must be one of: {', '.join(accelerators)}."

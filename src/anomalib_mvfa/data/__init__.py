@@ -1,14 +1,17 @@
 """Datamodules: few-shot and leave-one-out protocols, over BMAD and over any anomalib datamodule."""
 
 from .bmad import BMADFewShot, BMADLeaveOneOut, BMADOneClass
-from .phantom import Phantom
-from .protocols import FewShot, FullNormal, LeaveOneOut
+from .few_shot import FewShot
+from .full_normal import FullNormal
+from .leave_one_out import LeaveOneOut
+from .phantom import BrainPhantom, Phantom
 from .scans import PredictScans, Scans
 
 __all__ = [
     "BMADFewShot",
     "BMADLeaveOneOut",
     "BMADOneClass",
+    "BrainPhantom",
     "FewShot",
     "FullNormal",
     "LeaveOneOut",

@@ -1,32 +1,29 @@
 """BMAD (Bao et al., 2023): six medical data sets, in anomalib's and in the published folder layout."""
 
-import logging
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 from anomalib.data import BMAD
 from anomalib.data.utils import LabelName, TestSplitMode, ValSplitMode
 from pandas import DataFrame
-from torchvision.transforms.v2 import Transform
 
 from .dataset import SampleDataset
-from .protocols import FewShot, LeaveOneOut
-
-logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
+from .few_shot import FewShot
+from .leave_one_out import LeaveOneOut
+from .reading import check_mask_names, find_images
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 MASK_FOLDERS = ("label", "anomaly_mask")
-KINDS = {"good": LabelName.NORMAL, "Ungood": LabelName.ABNORMAL}
-"""Folders in a split."""
+LABEL_FOLDERS = {"good": LabelName.NORMAL, "Ungood": LabelName.ABNORMAL}
+"""Folders in a split, and the label of their images."""
 
 
-@dataclass(frozen=True)
-class Category:
-    """A data set of BMAD: its noun for prompts, whether it has masks, and the modality that it shares with others."""
+class Category(NamedTuple):
+    """A data set of BMAD: its class name for prompts, whether it has masks, and its modality."""
 
     class_name: str
     has_masks: bool
@@ -43,22 +40,16 @@ CATEGORIES = {
 }
 
 
-def check_categories(*names: str) -> None:
+def check_category(name: str) -> None:
     """Raise ValueError for a name that is no category of BMAD."""
-    unknown = [name for name in names if name not in CATEGORIES]
-    if unknown:
-        msg = f"BMAD has no category {', '.join(map(repr, unknown))}. Choose from: {', '.join(CATEGORIES)}."
+    if name not in CATEGORIES:
+        msg = f"BMAD has no category {name!r}. Choose from: {', '.join(CATEGORIES)}."
         raise ValueError(msg)
 
 
 def category_folder(root: str | Path, category: str) -> Path:
-    """Return the folder of a category, ``root/Brain`` or ``root/Brain_AD``.
-
-    Raises:
-        ValueError: There is no such category in BMAD.
-        FileNotFoundError: It is not under the root.
-    """
-    check_categories(category)
+    """Return the folder of a category, ``root/Brain`` or ``root/Brain_AD``; FileNotFoundError if there is neither."""
+    check_category(category)
     folders = [(name, Path(root, f"{name}{suffix}")) for name in CATEGORIES for suffix in ("_AD", "")]
     there = {name: folder for name, folder in folders if folder.is_dir()}
     if category not in there:
@@ -75,61 +66,40 @@ def find_samples(root: str | Path, category: str, split: str) -> DataFrame:
     """Return anomalib's samples table of a split: ``train``, ``valid`` or ``test``.
 
     Reads ``<split>/good`` and ``<split>/Ungood``, with or without a folder ``img`` inside, and masks in a folder
-    ``label`` or ``anomaly_mask`` beside, under the image's name up to the suffix.
-
-    Raises:
-        FileNotFoundError: The category is not there, or the split has no image.
-        ValueError: A mask is missing or belongs to no image, or a folder has another name.
+    ``label`` or ``anomaly_mask`` beside, under the image's name up to the suffix; ValueError where these do not match,
+    and FileNotFoundError where there is no image.
     """
     folder = category_folder(root, category) / split
-    there = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    if odd := sorted(name for name in there if name not in KINDS and not name.startswith(".")):
-        msg = (
-            f"{folder} has a folder {odd[0]!r}; its folders must be called {' and '.join(KINDS)}. Rename or remove it."
-        )
+    has_masks = CATEGORIES[category].has_masks
+    found = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    if odd := sorted(name for name in found if name not in LABEL_FOLDERS and not name.startswith(".")):
+        msg = f"{folder} has a folder {odd[0]!r}; its folders must be called good and Ungood. Rename or remove it."
         raise ValueError(msg)
     rows = []
-    for kind, label in KINDS.items():
-        within, beside = _images(folder / kind / "img"), _images(folder / kind)
+    for name, label in LABEL_FOLDERS.items():
+        within, beside = _images(folder / name / "img"), _images(folder / name)
         if within and beside:
-            msg = f"{folder / kind} has images both in img/ and beside it, such as {beside[0].name}. Put all in img/."
+            msg = f"{folder / name} has images both in img/ and beside it, such as {beside[0].name}. Put all in img/."
             raise ValueError(msg)
         images = within or beside
-        masks: dict[str, Path] = {}
-        if CATEGORIES[category].has_masks and label == LabelName.ABNORMAL and images:
-            masks = _match_masks(folder / kind, images)
-        rows += [
-            {
-                "image_path": str(image),
-                "label": kind,
-                "label_index": int(label),
-                "mask_path": str(masks.get(image.stem, "")),
-                "split": split,
-            }
-            for image in images
-        ]
+        masks = _match_masks(folder / name, images) if has_masks and label == LabelName.ABNORMAL and images else {}
+        rows += [(str(image), name, int(label), str(masks.get(image.stem, "")), split) for image in images]
     if not rows:
         msg = f"{folder} has no images in good/ or Ungood/ ({', '.join(sorted(IMAGE_SUFFIXES))}, any case)."
         raise FileNotFoundError(msg)
-    samples = pd.DataFrame(rows)
-    samples.attrs["task"] = "segmentation" if CATEGORIES[category].has_masks else "classification"
+    samples = pd.DataFrame(rows, columns=["image_path", "label", "label_index", "mask_path", "split"])
+    samples.attrs["task"] = "segmentation" if has_masks else "classification"
     return samples
 
 
 def _images(folder: Path) -> list[Path]:
-    """Return the images in a folder; hidden files and folders are none, and other files are named in the log."""
-    there = folder.iterdir() if folder.is_dir() else ()
-    found = sorted(path for path in there if not path.name.startswith("."))
-    images = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
-    if spoilt := [path for path in images if not path.is_file()]:
-        msg = f"{spoilt[0]} is no file: a folder, or a link to nothing. Restore it or take it out of the data set."
-        raise ValueError(msg)
-    if left := [path.name for path in found if path.suffix.lower() not in IMAGE_SUFFIXES and not path.is_dir()]:
-        logger.warning("%s: %d files are no images by their names and left out: %s.", folder, len(left), left[:5])
-    return images
+    """Return the images in a folder, none if there is no folder; hidden files and folders are left out."""
+    paths = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    return find_images(folder, paths, lambda path: path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _match_masks(folder: Path, images: list[Path]) -> dict[str, Path]:
+    """Return the masks of images by the images' names without suffix."""
     found = [mask for name in MASK_FOLDERS for parent in (folder, folder / "img") for mask in _images(parent / name)]
     masks = {mask.stem: mask for mask in found}
     stems = {image.stem for image in images}
@@ -137,37 +107,8 @@ def _match_masks(folder: Path, images: list[Path]) -> dict[str, Path]:
         twice = sorted(name for name, count in Counter(path.stem for path in (*found, *images)).items() if count > 2)
         msg = f"{folder} has several images or masks of one name up to the suffix: {twice[:5]}. Rename or remove them."
         raise ValueError(msg)
-    missing, spare = sorted(stems - set(masks)), sorted(set(masks) - stems)
-    if missing or spare:
-        msg = (
-            f"Masks of {folder} do not match its images: {len(missing)} images have no mask {missing[:5]}, "
-            f"{len(spare)} masks have no image {spare[:5]}. A mask lies in {' or '.join(MASK_FOLDERS)} under its "
-            "image's name."
-        )
-        raise ValueError(msg)
+    check_mask_names(str(folder), stems, masks, "A mask lies in label or anomaly_mask under its image's name.")
     return masks
-
-
-class BMADDataset(SampleDataset):
-    """Images of one split of a BMAD category.
-
-    Args:
-        root: Folder that contains the category's folder.
-        category: Name of a category.
-        split: "train", "valid" or "test".
-        augmentations: Anomalib's augmentations.
-    """
-
-    def __init__(
-        self,
-        root: Path | str,
-        category: str,
-        split: str,
-        augmentations: Transform | None = None,
-    ) -> None:
-        samples = find_samples(root, category, split)
-        super().__init__(samples, CATEGORIES[category].class_name, augmentations)
-        self.category = category
 
 
 class BMADOneClass(BMAD):
@@ -175,20 +116,16 @@ class BMADOneClass(BMAD):
 
     Takes the arguments of anomalib's ``BMAD``; reads both folder layouts and all categories, those without masks too.
 
-    Attributes:
-        class_name: Noun of the category.
-        needs_train: Whether training images are read; the folders that MVFA's authors published have none.
-
     Raises:
         ValueError: There is no such category in BMAD.
         FileNotFoundError: The root exists but does not hold the category.
     """
 
-    needs_train = True
+    needs_train = True  # whether training images are read; the folders that MVFA's authors published have none
 
     def __init__(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003  # anomalib's
         super().__init__(*args, **kwargs)
-        check_categories(self.category)
+        check_category(self.category)
 
     @property
     def name(self) -> str:
@@ -197,7 +134,7 @@ class BMADOneClass(BMAD):
 
     @property
     def class_name(self) -> str:
-        """Noun of the category, for prompts."""
+        """Class name of the category, for prompts."""
         return CATEGORIES[self.category].class_name
 
     def prepare_data(self) -> None:
@@ -210,7 +147,7 @@ class BMADOneClass(BMAD):
         if self.root.is_dir() and any(self.root.iterdir()):
             category_folder(self.root, self.category)
             return
-        # Downloaded beside and then renamed, so that a run cut short leaves no half of a data set.
+        # Downloaded beside it and then renamed, so that an interrupted run leaves no part of a data set.
         root, self.root = self.root, self.root.with_name(f".{self.root.name}.partial")
         try:
             shutil.rmtree(self.root, ignore_errors=True)
@@ -230,13 +167,16 @@ class BMADOneClass(BMAD):
 
     def _setup(self, _stage: str | None = None) -> None:
         if self.needs_train:
-            self.train_data = BMADDataset(self.root, self.category, "train")
+            self.train_data = self._read_split("train")
         if self.val_split_mode == ValSplitMode.FROM_DIR:
-            self.val_data = BMADDataset(self.root, self.category, "valid")
-        self.test_data = BMADDataset(self.root, self.category, "test")
+            self.val_data = self._read_split("valid")
+        self.test_data = self._read_split("test")
+
+    def _read_split(self, split: str) -> SampleDataset:
+        return SampleDataset(find_samples(self.root, self.category, split), self.class_name)
 
     def _create_test_split(self) -> None:
-        """Leave BMAD's own test images as they are: no training image need take the place of a missing kind."""
+        """Leave BMAD's own test images as they are: no training image takes the place of missing normal ones."""
         if self.test_split_mode != TestSplitMode.FROM_DIR:
             super()._create_test_split()
 
@@ -247,7 +187,7 @@ class BMADFewShot(FewShot):
     Args:
         root: Folder that contains the category's folder; BMAD is downloaded there if it does not exist.
         category: "Brain", "Liver", "Retina_RESC", "Retina_OCT2017", "Chest" or "Histopathology".
-        kwargs: Arguments of :class:`~anomalib_mvfa.data.protocols.FewShot` other than the source.
+        kwargs: Arguments of :class:`~anomalib_mvfa.data.few_shot.FewShot` other than the source.
     """
 
     def __init__(self, root: Path | str = "./datasets/BMAD", category: str = "Brain", **kwargs) -> None:  # noqa: ANN003
@@ -263,7 +203,8 @@ class BMADLeaveOneOut(LeaveOneOut):
         train_categories: Categories to learn from; all others by default.
         exclude_modality: Leave categories of the same modality out as well. The published numbers do not: either
             retinal OCT set is tested by a model that has learnt from the other.
-        kwargs: Arguments of :class:`~anomalib_mvfa.data.protocols.LeaveOneOut` other than sources and held_out.
+        kwargs: Arguments of :class:`~anomalib_mvfa.data.leave_one_out.LeaveOneOut` other than ``sources`` and
+            ``held_out``.
 
     Raises:
         ValueError: A category is unknown, or is held out and learnt from at once, or none is left to learn from.
@@ -278,7 +219,8 @@ class BMADLeaveOneOut(LeaveOneOut):
         **kwargs,  # noqa: ANN003
     ) -> None:
         chosen = list(train_categories) if train_categories is not None else [c for c in CATEGORIES if c != category]
-        check_categories(category, *chosen)
+        for name in (category, *chosen):
+            check_category(name)
         if exclude_modality:
             modality = CATEGORIES[category].modality
             chosen = [name for name in chosen if CATEGORIES[name].modality != modality]

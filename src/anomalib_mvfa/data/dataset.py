@@ -1,4 +1,4 @@
-"""Items of images and masks: squashed by Pillow as 8-bit images, as in the published code, then scaled to [0, 1].
+"""Items of images and masks: resized by Pillow as 8-bit images, as in the published code, then scaled to [0, 1].
 
 Axes: H height, W width.
 """
@@ -25,14 +25,14 @@ from .reading import MASK_THRESHOLD, read_image, read_mask
 
 
 class SampleDataset(AnomalibDataset):
-    """Images of a samples table, with the noun that prompts call them by.
+    """Images of a samples table, with the class name that prompts call them by.
 
     Args:
         samples: Anomalib's table: ``image_path``, ``mask_path``, ``label_index``, ``split``, and the task in ``attrs``.
-        class_name: The noun, carried by every item and batch.
+        class_name: The class name, carried by every item and batch.
         augmentations: Anomalib's augmentations. A mere resize is done by Pillow on the 8-bit image, as in the
             published code.
-        reader: Reads item i in place of this class: a dataset of the same samples, with a form of its own.
+        reader: Dataset of the same samples in a form of its own, which reads item i in place of this class.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class SampleDataset(AnomalibDataset):
 
     @classmethod
     def of(cls, dataset: AnomalibDataset, samples: DataFrame, class_name: str | None = None) -> "SampleDataset":
-        """Return some samples of another dataset, read by that dataset if it has a way of its own."""
+        """Return some samples of another dataset, read by that dataset if it reads in a form of its own."""
         samples = samples.reset_index(drop=True)
         samples.attrs = dict(dataset.samples.attrs)
         class_name = class_name or getattr(dataset, "class_name", None)
@@ -62,16 +62,14 @@ class SampleDataset(AnomalibDataset):
 
     def __getitem__(self, index: int) -> ImageItem:
         """Return an item: image ``(3, H, W)`` in [0, 1], mask ``(H, W)`` where the data set has masks, and label."""
-        if self.reader is not None:
-            self.reader.augmentations = self.augmentations
-            item = cast("ImageItem", self.reader[index])
-        else:
-            item = self._read(self.samples.iloc[index])
-        return _called(item, self.class_name)
+        if self.reader is None:
+            return _with_class_name(self._read(self.samples.iloc[index]), self.class_name)
+        self.reader.augmentations = self.augmentations
+        return _with_class_name(cast("ImageItem", self.reader[index]), self.class_name)
 
     @property
     def collate_fn(self) -> Callable[[list[ImageItem]], ImageBatch]:
-        """Collate items, all of one noun, into a batch that carries it."""
+        """Collate items, all of one class name, into a batch that carries it."""
         return collate
 
     def _read(self, row: Series) -> ImageItem:
@@ -88,8 +86,7 @@ class SampleDataset(AnomalibDataset):
         tensor = to_dtype(to_image(image), torch.float32, scale=True)
         gt_mask = Mask(torch.from_numpy(np.asarray(mask) > MASK_THRESHOLD).to(torch.uint8)) if mask else None
         if self.augmentations is not None and not isinstance(self.augmentations, Resize):
-            augmented = self.augmentations(tensor, gt_mask) if gt_mask is not None else self.augmentations(tensor)
-            tensor, gt_mask = augmented if gt_mask is not None else (augmented, None)
+            tensor, gt_mask = self.augmentations(tensor, gt_mask)
         return ImageItem(
             image=tensor,
             gt_mask=gt_mask,
@@ -99,22 +96,12 @@ class SampleDataset(AnomalibDataset):
         )
 
 
-class SupportViews(SampleDataset):
+class SupportViewDataset(SampleDataset):
     """All views of the support images, view by view: first every image itself, then every image turned, and so on."""
 
     def __init__(self, support: SampleDataset) -> None:
         super().__init__(support.samples, support.class_name, support.augmentations, support.reader)
-        self._read_items: dict[int, ImageItem] = {}
-
-    @property
-    def augmentations(self) -> Transform | None:
-        """Anomalib's augmentations, applied before the view is taken."""
-        return self._augmentations
-
-    @augmentations.setter
-    def augmentations(self, augmentations: Transform | None) -> None:
-        self._augmentations = augmentations
-        self._read_items = {}
+        self._items: dict[tuple[int, Transform | None], ImageItem] = {}
 
     def __len__(self) -> int:
         """Return how many views there are."""
@@ -123,19 +110,15 @@ class SupportViews(SampleDataset):
     def __getitem__(self, index: int) -> ImageItem:
         """Return an item whose image ``(3, H, W)`` and mask ``(H, W)`` are views."""
         which, row = divmod(index, len(self.samples))
-        item = self._read_items.get(row) or super().__getitem__(row)
+        key = row, self.augmentations  # which are applied before the view is taken
+        item = self._items.get(key) or super().__getitem__(row)
         if self.augmentations is None or isinstance(self.augmentations, Resize):
-            self._read_items[row] = item  # the same in every epoch
-        seen = ImageItem(
-            image=view(cast("torch.Tensor", item.image), which),
-            gt_mask=None,
-            gt_label=item.gt_label,
-            image_path=item.image_path,
-            mask_path=item.mask_path,
-        )
+            self._items[key] = item  # the same in every epoch
+        seen = copy.copy(item)
+        seen.image = view(cast("torch.Tensor", item.image), which)
         if item.gt_mask is not None:
             seen.gt_mask = Mask(view(item.gt_mask[None].float(), which)[0] > 0.5)
-        return _called(seen, self.class_name)
+        return seen
 
 
 class ConcatDataset(AnomalibDataset):
@@ -159,18 +142,13 @@ class ConcatDataset(AnomalibDataset):
         for part in self.parts:
             part.augmentations = augmentations
 
-    @property
+    @property  # type: ignore[misc]  # not to be set
     def samples(self) -> DataFrame:
         """All samples, part by part."""
         samples = pd.concat([part.samples for part in self.parts], ignore_index=True)
         with_masks = TaskType.SEGMENTATION in {part.task for part in self.parts}
         samples.attrs = {"task": (TaskType.SEGMENTATION if with_masks else TaskType.CLASSIFICATION).value}
         return samples
-
-    @samples.setter
-    def samples(self, _samples: DataFrame) -> None:
-        msg = "A concatenation has the samples of its parts."
-        raise AttributeError(msg)
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -187,29 +165,26 @@ class ConcatDataset(AnomalibDataset):
         msg = f"Index is {index} beyond the last image."
         raise IndexError(msg)
 
-    @property
-    def collate_fn(self) -> Callable[[list[ImageItem]], ImageBatch]:
-        """Collate items, all of one noun, into a batch that carries it."""
-        return collate
+    collate_fn = SampleDataset.collate_fn
 
 
 def collate(items: list[ImageItem]) -> ImageBatch:
-    """Collate items of one data set into a batch that carries its noun.
+    """Collate items of one data set into a batch that carries its class name.
 
     Raises:
-        ValueError: The items come from data sets with different nouns.
+        ValueError: The items have different class names.
     """
-    nouns = {class_name_of(item) for item in items}
-    if len(nouns) > 1:
-        msg = f"A batch mixes data sets called {sorted(map(str, nouns))}; it must come from one."
+    names = {class_name_of(item) for item in items}
+    if len(names) > 1:
+        msg = f"A batch mixes the class names {sorted(map(str, names))}; its images must come from one data set."
         raise ValueError(msg)
-    return _called(cast("ImageBatch", ImageBatch.collate(items)), nouns.pop())
+    return _with_class_name(cast("ImageBatch", ImageBatch.collate(items)), names.pop())
 
 
-_Named = TypeVar("_Named", ImageItem, ImageBatch)
+_Carrier = TypeVar("_Carrier", ImageItem, ImageBatch)
 
 
-def _called(item: _Named, class_name: str | None) -> _Named:
-    """Give an item or a batch the noun that the contract lets it carry."""
+def _with_class_name(item: _Carrier, class_name: str | None) -> _Carrier:
+    """Give an item or a batch the class name that the contract lets it carry."""
     item.class_name = class_name  # type: ignore[attr-defined]  # no field of anomalib's
     return item

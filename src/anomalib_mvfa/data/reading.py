@@ -1,26 +1,24 @@
-"""Reads images and masks as the published code does, as 8-bit RGB and grey; what that would distort is refused."""
+"""Reads images and masks as the published code does, as 8-bit RGB and grey, and refuses what that would distort."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
+
 MASK_THRESHOLD = 127
-"""Of 8-bit mask values; above is abnormal."""
-_TOO_DEEP = (
-    "{} has more than 8 bits a channel, and only its origin tells which intensity window to show. Convert it to 8 bits "
-    "with that window, or read it by Scans or, to predict, PredictScans, which do."
-)
+"""Of 8-bit mask values, those above are abnormal."""
+
+_checked: set[str] = set()
+"""Files whose bit depth this process has checked, or its loaders will."""
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read an image file as 8-bit RGB.
-
-    Raises:
-        ValueError: The file is no readable image, or has more than 8 bits a channel.
-    """
+    """Read an image file as 8-bit RGB; ValueError if it is no readable image, or has more than 8 bits a channel."""
     return _load(path, "RGB")
 
 
@@ -48,25 +46,67 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
     return mask
 
 
-def is_deep(image: ImageFile.ImageFile) -> bool:
+def find_images(folder: Path, paths: Iterable[Path], is_image: Callable[[Path], bool]) -> list[Path]:
+    """Return the images among the paths in a folder, sorted, which must be files; the log names what is left out."""
+    found = sorted(paths)
+    images = [path for path in found if is_image(path)]
+    for path in images:
+        if not path.is_file():
+            msg = f"{path} is no file: a folder, or a link to nothing. Restore it or take it out of the data set."
+            raise ValueError(msg)
+    if left := [path.name for path in found if not path.is_dir() and not is_image(path)]:
+        logger.warning("%s: %d files are no images by their names and left out: %s.", folder, len(left), left[:5])
+    return images
+
+
+def check_mask_names(where: str, images: Iterable[str], masks: Iterable[str], rule: str) -> None:
+    """Raise ValueError, which says the rule, where the names of images and masks differ."""
+    missing, spare = sorted(set(images) - set(masks)), sorted(set(masks) - set(images))
+    if missing or spare:
+        msg = (
+            f"Masks of {where} do not match the images: {len(missing)} images have no mask {missing[:5]}, "
+            f"{len(spare)} masks have no image {spare[:5]}. {rule}"
+        )
+        raise ValueError(msg)
+
+
+def is_high_bit_depth(image: ImageFile.ImageFile) -> bool:
     """Whether an image that has been opened, and not read yet, has more than 8 bits a channel."""
     # Pillow reads 16-bit RGB as RGB, by the upper byte; only the raw mode, in `tile` until it is read, tells.
     return image.mode in {"I", "F"} or ";16" in f"{image.mode} {image.tile}"
 
 
-def refuse_deep(paths: Iterable[str]) -> None:
-    """Raise ValueError for images of more than 8 bits, whose values readers other than ours cut off at 255."""
-    for path in paths:
-        with suppress(OSError), Image.open(path) as image:  # what is unreadable is not for us to refuse
-            if is_deep(image):
-                raise ValueError(_TOO_DEEP.format(path))
+def refuse_high_bit_depth(paths: Iterable[str]) -> None:
+    """Raise ValueError for images of more than 8 bits, whose values readers other than ours cut off at 255.
+
+    A file is opened once per process, and not at all if :func:`read_image` has read it or will.
+    """
+    for path in set(paths) - _checked:
+        with suppress(OSError), Image.open(path) as image:  # what Pillow cannot read is not for us to refuse
+            _check_bit_depth(path, is_high_bit_depth(image))
+        _checked.add(path)
+
+
+def will_read(paths: Iterable[str]) -> None:
+    """Note files that a loader, whose processes are others, reads by :func:`read_image`, which checks them."""
+    _checked.update(paths)
+
+
+def _check_bit_depth(path: str | Path, is_high: bool) -> None:
+    if is_high:
+        msg = (
+            f"{path} has more than 8 bits a channel, and only its origin tells which intensity window to show. Convert "
+            "it to 8 bits with that window, or read it by Scans or, to predict, PredictScans, which do."
+        )
+        raise ValueError(msg)
+    _checked.add(str(path))
 
 
 def _load(path: str | Path, mode: str) -> Image.Image:
     """Read a file in a mode, upright if its EXIF data say how it was held."""
     try:
         with Image.open(path) as image:
-            deep = is_deep(image)
+            is_high = is_high_bit_depth(image)
             pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a camera's photo and its previews
             converted = ImageOps.exif_transpose(image).convert(mode)
     except Image.DecompressionBombError as error:
@@ -75,8 +115,7 @@ def _load(path: str | Path, mode: str) -> Image.Image:
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError ... on broken files
         msg = f"{path} cannot be read as an image ({error}). Restore the file or take it out of the data set."
         raise ValueError(msg) from error
-    if deep:
-        raise ValueError(_TOO_DEEP.format(path))
+    _check_bit_depth(path, is_high)
     if pages > 1:
         msg = (
             f"{path} has {pages} pages, of which one would be read. Save them as files of their own, or read them by "

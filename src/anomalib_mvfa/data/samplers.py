@@ -12,12 +12,13 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, DistributedSampler
 
 from .dataset import ConcatDataset
+from .reading import will_read
 
 EPOCHS_APART = 1_000_000
 
 
 def _ranks() -> tuple[int, int]:
-    """Number of processes, and which of them this is."""
+    """Return the number of processes, and which of them this is."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size(), dist.get_rank()
     return 1, 0
@@ -28,7 +29,7 @@ class OneDatasetBatches(DistributedSampler):
 
     Args:
         dataset: The concatenation.
-        batch_size: Of one process.
+        batch_size: Images in a batch of one process.
         seed: With the epoch it determines the order; None keeps the order of the files, and repeats no image.
     """
 
@@ -43,8 +44,7 @@ class OneDatasetBatches(DistributedSampler):
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this process's share of every batch."""
         rng = None if self.order_seed is None else np.random.default_rng([self.order_seed, self.epoch])
-        batches = []
-        start = 0
+        batches, start = [], 0
         step = self.batch_size * self.num_replicas
         for part in self.dataset.parts:
             order = np.arange(start, start + len(part))
@@ -62,39 +62,32 @@ class OneDatasetBatches(DistributedSampler):
 
     def __len__(self) -> int:
         """Return the number of batches."""
-        return sum(1 for _ in self.__iter__())
+        return len(list(iter(self)))
 
 
 def train_loader(dataset: AnomalibDataset, batch_size: int, seed: int, num_workers: int) -> DataLoader:
     """Return a loader that is reshuffled every epoch, as a function of (seed, epoch)."""
-    world, rank = _ranks()
-    sampler: DistributedSampler
     if isinstance(dataset, ConcatDataset):
-        sampler = OneDatasetBatches(dataset, batch_size, seed)
-    else:
-        # This sampler shuffles by seed + epoch; spread out, no two runs share an order.
-        spread = EPOCHS_APART * seed
-        sampler = DistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=True, seed=spread)
+        return _loader(dataset, OneDatasetBatches(dataset, batch_size, seed), None, num_workers)
+    # This sampler shuffles by seed + epoch; spread out, no two runs share an order.
+    sampler: DistributedSampler = DistributedSampler(dataset, *_ranks(), shuffle=True, seed=EPOCHS_APART * seed)
     return _loader(dataset, sampler, batch_size, num_workers)
 
 
 def eval_loader(dataset: AnomalibDataset, batch_size: int, num_workers: int) -> DataLoader:
     """Return a loader that shows every image once, over all processes."""
-    world, rank = _ranks()
-    sampler: DistributedSampler
     if isinstance(dataset, ConcatDataset):
-        sampler = OneDatasetBatches(dataset, batch_size, seed=None)
-    else:
-        sampler = UnrepeatedDistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=False)
-    return _loader(dataset, sampler, batch_size, num_workers)
+        return _loader(dataset, OneDatasetBatches(dataset, batch_size, seed=None), None, num_workers)
+    return _loader(dataset, UnrepeatedDistributedSampler(dataset, *_ranks(), shuffle=False), batch_size, num_workers)
 
 
-def _loader(dataset: AnomalibDataset, sampler: DistributedSampler, batch_size: int, num_workers: int) -> DataLoader:
+def _loader(
+    dataset: AnomalibDataset, sampler: DistributedSampler, batch_size: int | None, num_workers: int
+) -> DataLoader:
+    for part in dataset.parts if isinstance(dataset, ConcatDataset) else [dataset]:
+        if getattr(part, "reader", part) is None:
+            will_read(part.samples.image_path)
     # Lightning rebuilds loaders by keyword, so nothing but the dataset is given by position.
     return DataLoader(
-        dataset,
-        batch_size=None if isinstance(sampler, OneDatasetBatches) else batch_size,
-        sampler=sampler,
-        collate_fn=dataset.collate_fn,
-        num_workers=num_workers,
+        dataset, batch_size=batch_size, sampler=sampler, collate_fn=dataset.collate_fn, num_workers=num_workers
     )

@@ -13,11 +13,12 @@ from pandas import DataFrame
 from torch.utils.data import Dataset
 
 from ..io import file_digest
-from .dataset import SampleDataset, SupportViews
+from .dataset import SampleDataset, SupportViewDataset
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
-KINDS = {LabelName.NORMAL: ("normal", "n"), LabelName.ABNORMAL: ("abnormal", "a")}
+LABELS = {LabelName.NORMAL: ("normal", "n"), LabelName.ABNORMAL: ("abnormal", "a")}
+"""How errors and published lists name the labels."""
 
 
 def draw(samples: DataFrame, count: int, seed: int) -> DataFrame:
@@ -28,17 +29,14 @@ def draw(samples: DataFrame, count: int, seed: int) -> DataFrame:
 
 
 def read_support_list(path: str | Path, category: str, k_shot: int) -> dict[LabelName, list[str]]:
-    """Read the names of support images.
+    """Return the file names, normal and abnormal, in a list of the published form.
 
-    The published form has one line a kind: ``n-0: a.png b.png`` and ``a-0: c.png d.png``.
+    It has one line per label: ``n-0: a.png b.png`` and ``a-0: c.png d.png``.
 
     Args:
         path: The list, or a folder that holds ``<category>/<K>-shot.txt``.
-        category: Of the data set.
-        k_shot: K.
-
-    Returns:
-        File names, normal and abnormal.
+        category: Category of the data set.
+        k_shot: Number of normal support images K.
 
     Raises:
         FileNotFoundError: There is no such list.
@@ -47,67 +45,66 @@ def read_support_list(path: str | Path, category: str, k_shot: int) -> dict[Labe
     path = Path(path).expanduser()
     file = path / category / f"{k_shot}-shot.txt" if path.is_dir() else path
     if not file.is_file():
-        there = sorted(str(found.relative_to(path)) for found in path.glob("*/*-shot.txt")) if path.is_dir() else []
+        there = sorted(str(found.relative_to(path)) for found in path.glob("*/*-shot.txt"))
         msg = f"support_list={str(path)!r}: {file} does not exist. Lists found there: {there or 'none'}."
         raise FileNotFoundError(msg)
     lines = dict(line.split(":", 1) for line in file.read_text("utf-8", "replace").splitlines() if ":" in line)
     names = {}
-    for kind, (word, letter) in KINDS.items():
+    for label, (word, letter) in LABELS.items():
         if f"{letter}-0" not in lines:
             msg = f"{file} has no line '{letter}-0: <file names>' of {word} support images."
             raise ValueError(msg)
-        names[kind] = lines[f"{letter}-0"].split()
+        names[label] = lines[f"{letter}-0"].split()
     return names
 
 
-def pick(pool: DataFrame, names: list[str], count: int, where: str) -> DataFrame:
-    """Return the samples with these file names.
-
-    Args:
-        pool: Samples to pick from, of one kind.
-        names: File names, or as much of the end of the paths as tells files of the same name apart.
-        count: How many there should be.
-        where: What names them, for errors.
+def pick(pool: DataFrame, names: list[str], count: int | None, where: str) -> DataFrame:
+    """Return the samples with these file names, or ends of paths that tell files of the same name apart.
 
     Raises:
-        ValueError: A name is not in the pool or fits several files, or their number is another.
+        ValueError: A name is not in the pool or fits several files, or there are not ``count`` of them, if that is
+            given. The error begins with ``where``, which names them.
     """
     paths = ["/" + Path(path).as_posix() for path in pool.image_path]
     rows = {name: [row for row, path in enumerate(paths) if path.endswith(f"/{name}")] for name in names}
-    missing = [name for name, found in rows.items() if not found]
-    if missing:
+    if missing := [name for name, found in rows.items() if not found]:
         msg = f"{where} names {missing}, not among the {len(pool)} images to pick from. Correct the list."
         raise ValueError(msg)
-    unclear = {name: [pool.image_path.iloc[row] for row in found] for name, found in rows.items() if len(found) > 1}
-    if unclear:
+    if unclear := {name: list(pool.image_path.iloc[found]) for name, found in rows.items() if len(found) > 1}:
         msg = f"{where} names files that exist several times: {unclear}. Put the folder before the name: folder/name."
         raise ValueError(msg)
-    if len(rows) != count:
+    if count is not None and len(rows) != count:
         msg = f"{where} names {len(rows)} different images where {count} are asked for. Change k_shot or the list."
         raise ValueError(msg)
     return pool.iloc[[row for (row,) in rows.values()]].reset_index(drop=True)
 
 
-def set_aside(samples: DataFrame, share: float, seed: int, group_by: str | None) -> tuple[DataFrame, DataFrame]:
-    """Split samples in two by whole groups, drawn from the seed.
+def hold_out(samples: DataFrame, share: float, seed: int, group_by: str | None) -> tuple[DataFrame, DataFrame]:
+    """Split samples by whole groups, drawn from the seed, and return what stays and what is held out.
 
     Args:
         samples: The samples.
-        share: Of the groups of every kind (all normal, all abnormal, mixed) that is set aside.
-        seed: Of the draw.
-        group_by: See :func:`group_of`.
-
-    Returns:
-        What stays, and what is set aside.
+        share: Share that is held out of the groups of every kind: all normal, all abnormal, mixed.
+        seed: Seed of the draw.
+        group_by: Pattern of a group, see :func:`group_of`.
     """
     groups = samples.image_path.map(lambda path: group_of(path, group_by))
     kinds = samples.groupby(groups).label_index.agg(lambda labels: labels.min() + labels.max())
     rng = np.random.default_rng(seed)
-    aside: set[str] = set()
+    chosen: set[str] = set()
     for _, names in sorted(kinds.groupby(kinds).groups.items()):
-        aside.update(rng.permutation(sorted(names))[: int(share * len(names))])
-    is_aside = groups.isin(aside)
-    return samples[~is_aside], samples[is_aside]
+        chosen.update(rng.permutation(sorted(names))[: int(share * len(names))])
+    is_held_out = groups.isin(chosen)
+    return samples[~is_held_out], samples[is_held_out]
+
+
+def check_pattern(name: str, pattern: str | None) -> None:
+    """Raise ValueError for a pattern that is no regular expression."""
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        msg = f"{name}={pattern!r} is no regular expression ({error}). An example is 'patient[0-9]+'."
+        raise ValueError(msg) from error
 
 
 def group_of(path: str, group_by: str | None) -> str:
@@ -129,16 +126,16 @@ def group_of(path: str, group_by: str | None) -> str:
     return group
 
 
-def same_content(support: Iterable[str], others: Iterable[str]) -> list[tuple[str, str]]:
+def duplicates(support: Iterable[str], others: Iterable[str]) -> list[tuple[str, str]]:
     """Return pairs of a support file and another file with the same bytes."""
     by_size: dict[int, dict[str, str]] = {}
     for path in support:
         by_size.setdefault(Path(path).stat().st_size, {})[file_digest(path)] = path
     pairs = []
     for path in others:
-        twins = by_size.get(Path(path).stat().st_size)  # only files of the same size need be read
-        if twins and (digest := file_digest(path)) in twins:
-            pairs.append((twins[digest], path))
+        same_size = by_size.get(Path(path).stat().st_size)  # only files of the same size need be read
+        if same_size and (digest := file_digest(path)) in same_size:
+            pairs.append((same_size[digest], path))
     return pairs
 
 
@@ -151,20 +148,18 @@ def support_of(
     """Return the dataset of support views: the datamodule's own, or views of some normal training images.
 
     Args:
-        datamodule: Where the data come from, if there is one.
+        datamodule: Datamodule of the run, if there is one.
         train_data: Training dataset of a run without datamodule.
-        bank_images: How many normal images to draw where the datamodule has no support of its own.
-        seed: Of that draw.
+        bank_images: Number of normal images to draw, by the seed, where the datamodule has no support of its own.
+        seed: Seed of the draw.
     """
     if datamodule is not None and hasattr(datamodule, "support"):
         return datamodule.support
     train_data = getattr(datamodule, "train_data", train_data)
-    if train_data is None or not hasattr(train_data, "samples"):
+    samples = getattr(train_data, "samples", None)
+    if samples is None or not (is_normal := samples.label_index == LabelName.NORMAL).any():
         return None
-    samples = train_data.samples
-    normal = samples[samples.label_index == LabelName.NORMAL]
-    if not len(normal):
-        return None
+    normal = samples[is_normal]
     chosen = draw(normal, min(bank_images, len(normal)), seed)
     logger.info("Memory bank: %d of %d normal training images, drawn with seed %d.", len(chosen), len(normal), seed)
-    return SupportViews(SampleDataset.of(train_data, chosen))
+    return SupportViewDataset(SampleDataset.of(train_data, chosen))

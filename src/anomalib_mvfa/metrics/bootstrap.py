@@ -140,7 +140,7 @@ def bootstrap(runs: Sequence[Scores], group_by: str | None, resamples: int, seed
     Args:
         runs: Scores of tests, one per seed.
         group_by: Regular expression on paths that names an image's group, see
-            :class:`~anomalib_mvfa.data.protocols.FewShot`.
+            :class:`~anomalib_mvfa.data.few_shot.FewShot`.
         resamples: R.
         seed: Seed of the resampling.
     """

@@ -19,7 +19,7 @@ from torch import nn
 from ..arguments import plain
 from ..callbacks import default_callbacks
 from ..contract import dataset_of
-from ..data.reading import refuse_deep
+from ..data.reading import refuse_high_bit_depth
 from ..io import save_atomically
 from ..metrics.evaluator import default_evaluator
 from .export import ExportMixin
@@ -65,7 +65,7 @@ class AnomalibMixin(ExportMixin):  # no AnomalibModule itself: anomalib would li
     def on_test_batch_start(self, batch: ImageBatch, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
         """Refuse images of high bit depth, whose values anomalib's own data sets cut off."""
         del args, kwargs
-        refuse_deep(batch.image_path or [])
+        refuse_high_bit_depth(batch.image_path or [])
 
     on_train_batch_start = on_validation_batch_start = on_predict_batch_start = on_test_batch_start
 

@@ -1,0 +1,143 @@
+"""What the protocols share: the datamodules that they split, and loaders in an order of their own."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from anomalib.data import AnomalibDataModule, AnomalibDataset, get_datamodule
+from anomalib.data.utils import ValSplitMode
+from pandas import DataFrame
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import Transform
+
+from ..arguments import check_bounds
+from ..contract import ProtocolDefaults, class_name_of_data
+from .samplers import eval_loader, train_loader
+from .support import hold_out
+
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
+
+Source = AnomalibDataModule | dict[str, Any]
+"""A datamodule, or anomalib's mapping of one: ``class_path`` and ``init_args``."""
+
+
+class SplitDataModule(AnomalibDataModule):
+    """A datamodule that splits the images of other datamodules, its sources, by a protocol.
+
+    Args:
+        sources: The sources; the first one is tested.
+        train_batch_size: Images in a training batch.
+        eval_batch_size: Images in a validation or test batch.
+        num_workers: Processes that load images.
+        train_augmentations: Augmentations of training images; in few-shot, before the views are taken.
+        val_augmentations: Augmentations of validation images.
+        test_augmentations: Augmentations of test images.
+        augmentations: Augmentations where none of the three above are given.
+        seed: Seed of draws, and of the order of training.
+
+    Attributes:
+        protocol: Settings that the protocol implies for the model.
+        category: Category of the tested source.
+    """
+
+    protocol: ProtocolDefaults
+    seed: int
+
+    def __init__(
+        self,
+        sources: Sequence[AnomalibDataModule],
+        train_batch_size: int,
+        eval_batch_size: int = 32,
+        num_workers: int = 8,
+        train_augmentations: Transform | None = None,
+        val_augmentations: Transform | None = None,
+        test_augmentations: Transform | None = None,
+        augmentations: Transform | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_bounds("train_batch_size", train_batch_size, 1)
+        check_bounds("eval_batch_size", eval_batch_size, 1)
+        check_bounds("seed", seed, 0)
+        super().__init__(
+            train_batch_size,
+            eval_batch_size,
+            num_workers,
+            train_augmentations=train_augmentations,
+            val_augmentations=val_augmentations,
+            test_augmentations=test_augmentations,
+            augmentations=augmentations,
+            seed=seed,
+        )
+        self.sources = list(sources)
+        self.category = self.sources[0].category
+
+    @property
+    def name(self) -> str:
+        """Name of the tested source, under which results are filed."""
+        return self.sources[0].name
+
+    @property
+    def class_name(self) -> str | None:
+        """The tested source's class name for prompts, by default its category."""
+        return class_name_of_data(self.sources[0])
+
+    def prepare_data(self) -> None:
+        """Download the sources' data if they do so."""
+        for source in self.sources:
+            source.prepare_data()
+
+    def _create_test_split(self) -> None:
+        """Split nothing: the protocol has."""
+
+    _create_val_split = _create_test_split
+
+    def train_dataloader(self) -> DataLoader:
+        """Return a loader of training images, reshuffled every epoch."""
+        # The support is small and its views are kept in memory, which workers would not share.
+        num_workers = self.num_workers if getattr(self, "support", None) is None else 0
+        return train_loader(self.train_data, self.train_batch_size, self.seed, num_workers)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Return a loader that shows every validation image once, or none when there is no image."""
+        return eval_loader(self.val_data, self.eval_batch_size, self.num_workers) if len(self.val_data) else []
+
+    def test_dataloader(self) -> DataLoader:
+        """Return a loader that shows every test image once."""
+        return eval_loader(self.test_data, self.eval_batch_size, self.num_workers)
+
+
+def resolve_source(source: Source) -> AnomalibDataModule:
+    """Return a datamodule, built from its mapping if it is given as one; ValueError if it is neither."""
+    if isinstance(source, AnomalibDataModule):
+        return source
+    if isinstance(source, Mapping) and "class_path" in source:
+        return get_datamodule(dict(source))
+    msg = f"source={source!r} must be an anomalib datamodule, or a mapping with class_path and init_args."
+    raise ValueError(msg)
+
+
+def set_up_source(source: AnomalibDataModule, seed: int, with_train: bool = False) -> AnomalibDataset | None:
+    """Set a source up, and return its validation images; None if all its labelled images are test images.
+
+    The seed is for its splits where it has none; ``with_train`` says whether its training images are needed.
+    """
+    if hasattr(source, "needs_train"):
+        source.needs_train = with_train
+    shared_with_test = {ValSplitMode.NONE, ValSplitMode.SAME_AS_TEST, ValSplitMode.FROM_TEST}
+    has_validation = source.val_split_mode not in shared_with_test
+    if not has_validation:
+        source.val_split_mode = ValSplitMode.NONE
+    if source.seed is None:
+        source.seed = seed  # else every process would split by itself
+    source.setup()
+    return source.val_data if has_validation else None
+
+
+def hold_out_validation(
+    source: AnomalibDataModule, samples: DataFrame, seed: int, group_by: str | None
+) -> tuple[DataFrame, DataFrame]:
+    """Split test images of a source into those that stay and, by its ``val_split_ratio``, those that validate."""
+    name, percent = source.category or source.name, 100 * source.val_split_ratio
+    message = "%s has no validation images of its own: %.0f %% of its test images become such, drawn with seed %d."
+    logger.info(message, name, percent, seed)
+    return hold_out(samples, source.val_split_ratio, seed, group_by)

@@ -1,0 +1,160 @@
+"""The few-shot protocol over any anomalib datamodule."""
+
+import logging
+from pathlib import Path
+
+import pandas as pd
+from anomalib.data.utils import LabelName
+from pandas import DataFrame
+
+from ..arguments import check_bounds
+from ..contract import FEW_SHOT
+from .base import Source, SplitDataModule, hold_out_validation, resolve_source, set_up_source
+from .dataset import SampleDataset, SupportViewDataset
+from .support import LABELS, check_pattern, draw, duplicates, group_of, pick, read_support_list
+
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
+
+
+class FewShot(SplitDataModule):
+    """K normal and K abnormal labelled images of a data set (the support), in 11 views, to train on.
+
+    The support is taken out of the source's validation images; test images stay as they are. If the source has no
+    validation images of its own, a part of its test images (its ``val_split_ratio``, a half by default) is first held
+    out as such, drawn from the seed; ``support_list`` may then name any of the test images, which are taken out before.
+
+    Args:
+        source: Any anomalib datamodule, or a mapping with its ``class_path`` and ``init_args``.
+        k_shot: Number of normal support images K.
+        abnormal_shots: Number of abnormal support images, K by default; with 0, methods that learn from normal images
+            get K of them, without views.
+        support_list: File that names the support, or folder with ``<category>/<K>-shot.txt``, in the published form;
+            by default the support is drawn from the seed.
+        group_by: Regular expression on image paths whose match (or first group) names a patient, say. No group is then
+            in more than one of support, validation and test: validation images that share one with either are left out.
+            By default, the source's ``group_by`` if it has one, as :class:`~anomalib_mvfa.data.scans.Scans` has.
+        train_batch_size: Views in a training batch; the published code trains with 1, and larger batches did worse.
+        kwargs: Further arguments of :class:`~anomalib_mvfa.data.base.SplitDataModule`.
+
+    Attributes:
+        support: Views of the support images.
+        class_name: The source's class name for prompts.
+
+    Raises:
+        ValueError: K is too small or too large, the list does not fit, or a support image appears in validation or
+            test again.
+    """
+
+    protocol = FEW_SHOT
+
+    def __init__(
+        self,
+        source: Source,
+        k_shot: int = 4,
+        abnormal_shots: int | None = None,
+        support_list: Path | str | None = None,
+        group_by: str | None = None,
+        train_batch_size: int = 1,
+        **kwargs,  # noqa: ANN003  # the protocols' common arguments
+    ) -> None:
+        check_bounds("k_shot", k_shot, 1)
+        self.source = resolve_source(source)
+        super().__init__([self.source], train_batch_size, **kwargs)
+        self.k_shot = k_shot
+        self.abnormal_shots = k_shot if abnormal_shots is None else abnormal_shots
+        check_bounds("abnormal_shots", self.abnormal_shots, 0)
+        self.support_list = support_list
+        self.group_by = group_by or getattr(self.source, "group_by", None)
+        check_pattern("group_by", self.group_by)
+        self.support: SupportViewDataset
+
+    def _setup(self, _stage: str | None = None) -> None:
+        self._split()
+
+    def _split(self, with_train: bool = False) -> None:
+        """Set the source up, and split its images into support, validation and test."""
+        own = set_up_source(self.source, self.seed, with_train)
+        dataset = self.source.test_data if own is None else own
+        pool, test = dataset.samples, self.source.test_data.samples
+        support = self._named(pool) if self.support_list else None
+        if own is None:
+            rest = pool if support is None else self._without(pool, support)
+            test, pool = hold_out_validation(self.source, rest, self.seed, self.group_by)
+        pool = self._without(pool, test)
+        if support is None:
+            support = self._drawn(pool)
+        elif shared := set(self._groups(support)) & set(self._groups(test)):
+            msg = (
+                f"support_list={str(self.support_list)!r} names images of {sorted(shared)}, which are tested too "
+                f"(group_by={self.group_by!r}). Name images of other groups."
+            )
+            raise ValueError(msg)
+        val = self._without(pool, support)
+        if not self.abnormal_shots:  # a list may name abnormal images all the same, which are not learnt from
+            support = support[support.label_index == LabelName.NORMAL]
+        self._check(support, val, test)
+
+        as_they_are = SampleDataset.of(dataset, support, self.class_name)
+        self.support = SupportViewDataset(as_they_are)
+        # Methods that learn from normal images augment by themselves; the views are MVFA's augmentation.
+        self.train_data = self.support if self.abnormal_shots else as_they_are
+        self.val_data = SampleDataset.of(dataset, val, self.class_name)
+        self.test_data = SampleDataset.of(self.source.test_data, test, self.class_name)
+        name, files = self.category or self.name, ", ".join(Path(path).name for path in support.image_path)
+        logger.info("Support of %s: %s. Beside it, %d images validate and %d test.", name, files, len(val), len(test))
+
+    def _update_augmentations(self) -> None:
+        super()._update_augmentations()
+        if hasattr(self, "support"):
+            self.support.augmentations = self.train_data.augmentations
+
+    def _named(self, pool: DataFrame) -> DataFrame:
+        """Return the support that the list names: normal images, then abnormal ones."""
+        names = read_support_list(str(self.support_list), self.category, self.k_shot)
+        counts = {LabelName.NORMAL: self.k_shot, LabelName.ABNORMAL: self.abnormal_shots or None}
+        chosen = []
+        for label, count in counts.items():
+            where = f"support_list={str(self.support_list)!r} ({LABELS[label][0]})"
+            chosen.append(pick(pool[pool.label_index == label], names[label], count, where))
+        return pd.concat(chosen, ignore_index=True)
+
+    def _drawn(self, pool: DataFrame) -> DataFrame:
+        """Return the support that the seed draws: normal images, then abnormal ones."""
+        chosen = []
+        for argument, label in (("k_shot", LabelName.NORMAL), ("abnormal_shots", LabelName.ABNORMAL)):
+            images, count = pool[pool.label_index == label], getattr(self, argument)
+            if len(images) < count:
+                grouped = f" in groups of their own (group_by={self.group_by!r})" if self.group_by else ""
+                msg = (
+                    f"{argument}={count} is too large: {self.category or self.name} has {len(images)} "
+                    f"{LABELS[label][0]} validation images{grouped}. Choose at most {len(images)}, or give a source "
+                    "with more, for instance by its val_split_mode='from_test' and val_split_ratio."
+                )
+                raise ValueError(msg)
+            chosen.append(draw(images, count, self.seed))
+        return pd.concat(chosen, ignore_index=True)
+
+    def _groups(self, samples: DataFrame) -> list[str]:
+        return [group_of(path, self.group_by) for path in samples.image_path]
+
+    def _without(self, samples: DataFrame, others: DataFrame) -> DataFrame:
+        """Return the samples that share no group with others."""
+        groups = set(self._groups(others))
+        return samples.loc[[group not in groups for group in self._groups(samples)]]
+
+    def _check(self, support: DataFrame, val: DataFrame, test: DataFrame) -> None:
+        """Raise ValueError where support images are evaluated too, or nothing is left to test."""
+        if found := duplicates(support.image_path, [*val.image_path, *test.image_path]):
+            shown = "; ".join(f"{one} = {other}" for one, other in found[:3])
+            msg = (
+                f"{len(found)} support images appear in validation or test again, under the same or another name: "
+                f"{shown}. Remove the duplicates, or choose another seed or support_list."
+            )
+            raise ValueError(msg)
+        if not len(test):
+            msg = (
+                f"{self.category or self.name} has no test image left beside {len(support)} support and {len(val)} "
+                f"validation images (group_by={self.group_by!r}). Give the source a smaller val_split_ratio, or more "
+                "images."
+            )
+            raise ValueError(msg)

@@ -1,0 +1,45 @@
+"""The protocol of methods that learn from all normal images, over any anomalib datamodule."""
+
+import logging
+
+from anomalib.data.utils import LabelName
+
+from .base import Source
+from .dataset import SampleDataset
+from .few_shot import FewShot
+
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
+
+
+class FullNormal(FewShot):
+    """All normal training images of a data set, for methods that learn from them alone (paper, Table 1).
+
+    It validates and tests on the very images that :class:`~anomalib_mvfa.data.few_shot.FewShot` with the same arguments
+    does, so that the two can be compared; the support that would draw is left out.
+
+    Args:
+        source: The source, as for FewShot.
+        train_batch_size: Images in a training batch.
+        kwargs: The other arguments of FewShot.
+
+    Raises:
+        ValueError: FewShot raises it, or the source has no normal training image of another group than it tests.
+    """
+
+    def __init__(self, source: Source, train_batch_size: int = 32, **kwargs) -> None:  # noqa: ANN003
+        super().__init__(source, train_batch_size=train_batch_size, **kwargs)
+
+    def _setup(self, _stage: str | None = None) -> None:
+        self._split(with_train=True)
+        del self.support  # a memory bank is built from the training images
+        train = self.source.train_data
+        samples = self._without(train.samples, self.test_data.samples)
+        samples = samples[samples.label_index == LabelName.NORMAL]
+        if not len(samples):
+            msg = (
+                f"{self.category or self.name} has no normal training image that is not of a tested group "
+                f"(group_by={self.group_by!r}). Give a source with training images, or learn from few by FewShot."
+            )
+            raise ValueError(msg)
+        self.train_data = SampleDataset.of(train, samples, self.class_name)
+        logger.info("Training images of %s: %d normal ones, in place of the support.", self.category, len(samples))
