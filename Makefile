@@ -3,14 +3,14 @@ VENV := .venv
 CONSTRAINTS :=
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lowest lint
+.PHONY: install demo test lowest lint docs
 
 install: $(VENV)/.installed
 
 # An editable install keeps copies of the metadata and of the start-up hook; the rest is read from src.
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) $(wildcard src/anomalib_mvfa_hook.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(addprefix -c ,$(CONSTRAINTS)) -e '.[dev,openvino]'
+	$(BIN)/python -m pip install $(addprefix -c ,$(CONSTRAINTS)) -e '.[dev,docs,openvino]'
 	touch $@
 
 demo: install
@@ -27,3 +27,7 @@ lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# Warnings are errors, such as a name in a docstring that does not exist; nothing is read from the network.
+docs: install
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
