@@ -52,9 +52,12 @@ def blocks_of(page):
 
 
 def blocks_to_run():
-    """Blocks whose text no earlier block has had."""
-    blocks = [block for block in BLOCKS if block.language in {"bash", "python", "yaml"} and block.why is None]
-    return list({block.text: block for block in reversed(blocks)}.values())[::-1]
+    """Return blocks in order, each text once."""
+    first: dict[str, Block] = {}
+    for block in BLOCKS:
+        if block.language in {"bash", "python", "yaml"} and block.why is None:
+            first.setdefault(block.text, block)
+    return list(first.values())
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
