@@ -3,7 +3,7 @@ VENV := .venv
 CONSTRAINTS :=
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lowest lint docs
+.PHONY: install demo test lowest lint
 
 install: $(VENV)/.installed
 
@@ -19,6 +19,11 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
+# Warnings are errors, such as a name in a docstring that does not exist; nothing is read from the network.
+.PHONY: docs
+docs: install
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
+
 # In an environment of its own: the everyday one keeps its versions.
 lowest:
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=tests/lowest.txt
@@ -27,7 +32,3 @@ lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-
-# Warnings are errors, such as a name in a docstring that does not exist; nothing is read from the network.
-docs: install
-	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
