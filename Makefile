@@ -3,7 +3,7 @@ VENV := .venv
 CONSTRAINTS :=
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lowest lint
+.PHONY: install demo test lowest lint gpu-check
 
 install: $(VENV)/.installed
 
@@ -32,3 +32,6 @@ lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+gpu-check: install
+	$(BIN)/python benchmarks/gpu_check.py --device cuda

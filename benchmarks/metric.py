@@ -1,14 +1,13 @@
 """Pixel AUROC of 4,000 maps of 240 x 240: time, memory, and distance from the exact value on a part of them."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import arguments, write
+from common import arguments, peak_memory_mb, write
 from sklearn.metrics import roc_auc_score
 
-from anomalib_mvfa.evaluation import BinnedAUROC
+from anomalib_mvfa.metrics.binned import BinnedAUROC
 
 MAPS, BATCH = 4000, 32
 
@@ -21,7 +20,7 @@ def main() -> None:
     scores = (0.004 + 0.002 * torch.randn(BATCH, 240, 240, generator=generator)).to(options.device) + 0.002 * mask
     scores = scores.clamp(0, 1)
     metric = BinnedAUROC().to(options.device)
-    before = _memory()
+    before = peak_memory_mb("cpu")
     took = 0.0
     for _ in range(MAPS // BATCH):
         start = time.perf_counter()
@@ -31,19 +30,13 @@ def main() -> None:
     metric.compute()
     figures: dict[str, Any] = {
         "seconds": took + time.perf_counter() - start,
-        "memory_above_base_mb": _memory() - before,
+        "memory_above_base_mb": peak_memory_mb("cpu") - before,
     }
     metric.reset()
     metric.update(scores, mask)
     exact = roc_auc_score(mask.flatten().cpu(), scores.flatten().double().cpu())
     figures["distance_from_exact"] = abs(metric.compute().item() - exact)
     write("metric", options, figures)
-
-
-def _memory() -> float:
-    """Largest memory of the process so far in 2**20 bytes; 0 where the system does not say."""
-    status = Path("/proc/self/status")
-    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10 if status.is_file() else 0.0
 
 
 if __name__ == "__main__":

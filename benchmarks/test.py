@@ -1,10 +1,21 @@
 """Test images a second, the bank's search included, and how much memory a large bank takes."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import BANK_OF_4, FORWARD, arguments, batch, fill_bank, matmul_rate, precision, seconds, vit_l, write
+from common import (
+    BANK_OF_4,
+    FORWARD,
+    arguments,
+    batch,
+    build_model,
+    fill_bank,
+    matmul_rate,
+    peak_memory_mb,
+    precision,
+    seconds,
+    write,
+)
 
 BATCH = 4
 
@@ -14,7 +25,7 @@ def main() -> None:
     """Measure and write."""
     options = arguments(__doc__)
     rate = matmul_rate(options)
-    model = vit_l(options.device).eval()
+    model = build_model(options.device).eval()
     image, *_ = batch(BATCH, options.device)
     figures: dict[str, Any] = {"matmul_gflops": rate / 1e9}
     for k_shot in (4, 16):
@@ -24,9 +35,7 @@ def main() -> None:
     floor = (FORWARD + BANK_OF_4) / rate
     figures["k4_over_floor"] = figures["k4_seconds"] / floor
     figures["k4_gflops"] = (FORWARD + BANK_OF_4) / figures["k4_seconds"] / 1e9
-    status = Path("/proc/self/status")
-    if status.is_file():
-        figures["peak_memory_mb"] = int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
+    figures["peak_memory_mb"] = peak_memory_mb(options.device)
     write("test", options, figures)
 
 

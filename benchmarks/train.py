@@ -1,21 +1,22 @@
-"""Training images a second, beside a plain loop that does what the published code does.
+"""Training images a second, beside the published loop in the same precision."""
 
-The plain loop keeps nothing, runs open_clip's own blocks one image at a time, and takes gradients of the whole
-backbone.
-"""
-
-from argparse import Namespace
-from types import MethodType
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from common import PUBLISHED, TRAINING, arguments, batch, matmul_rate, precision, seconds, vit_l, write
-
-from anomalib_mvfa import MvfaModel
-from anomalib_mvfa.model.backbone import ClipBackbone
-from anomalib_mvfa.model.frozen_cache import FrozenCache
-from anomalib_mvfa.model.lightning_mixin import BETAS
-from anomalib_mvfa.model.losses import MvfaLoss
+from common import (
+    PUBLISHED,
+    TRAINING,
+    arguments,
+    batch,
+    build_model,
+    matmul_rate,
+    published_loop,
+    seconds,
+    training_step,
+    write,
+)
 
 BATCHES = (1, 16)
 
@@ -26,21 +27,20 @@ def main() -> None:
     device = options.device
     rate = matmul_rate(options)
 
-    plain = vit_l(device)
-    plain.backbone.requires_grad_(True)
-    plain.backbone.block = MethodType(_open_clips_block, plain.backbone)  # type: ignore[method-assign]
-    plain_seconds, plain_losses = _timed(plain, 1, options)
+    model = build_model(device)
+    plain = published_loop(model, dtype=torch.bfloat16 if options.bf16 else torch.float32)
+    plain_seconds, plain_losses = _timed(partial(plain.train, *batch(1, device)), device)
     figures: dict[str, Any] = {
         "matmul_gflops": rate / 1e9,
         "plain_seconds": plain_seconds,
         "plain_over_published": plain_seconds * rate / PUBLISHED,
     }
-    del plain
+    del plain, model
 
     for count in BATCHES:
-        model = vit_l(device)
-        model.cache = FrozenCache()
-        took, losses = _timed(model, count, options)
+        model = build_model(device)
+        took, losses = _timed(training_step(model, count, options), device)
+        took /= count
         figures[f"batch_{count}_seconds"] = took
         figures[f"batch_{count}_gflops"] = TRAINING / took / 1e9
         figures[f"batch_{count}_times_faster"] = plain_seconds / took
@@ -52,30 +52,10 @@ def main() -> None:
     write("train", options, figures)
 
 
-def _open_clips_block(backbone: ClipBackbone, index: int, x: torch.Tensor) -> torch.Tensor:
-    return backbone.clip.visual.transformer.resblocks[index](x)
-
-
-def _timed(model: MvfaModel, count: int, options: Namespace) -> tuple[float, list[float]]:
-    """Train on a batch again and again; return seconds of an image in the fastest step, and the losses."""
-    image, mask, label = batch(count, options.device)
-    branches = [model.train().seg_adapters, model.det_adapters]
-    optimizer = torch.optim.Adam(
-        [{"params": [p for p in branch.parameters() if p.requires_grad]} for branch in branches], lr=1e-3, betas=BETAS
-    )
-    loss_of = MvfaLoss()
-    losses = []
-
-    def step() -> None:
-        with precision(options):
-            seg_maps, det_scores = model(image)
-            loss = loss_of(seg_maps, det_scores, mask, label)
-        model.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-
-    return seconds(step, options.device) / count, losses
+def _timed(step: Callable[[], float], device: str) -> tuple[float, list[float]]:
+    """Return seconds of the fastest of several steps, and the losses of all."""
+    losses: list[float] = []
+    return seconds(lambda: losses.append(step()), device), losses
 
 
 if __name__ == "__main__":

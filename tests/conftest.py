@@ -8,6 +8,7 @@ import torch
 
 from anomalib_mvfa.data.phantom import write_phantom
 from anomalib_mvfa.memory import return_freed_memory
+from anomalib_mvfa.model.build import build_mvfa
 from anomalib_mvfa.model.torch_model import MvfaModel
 from recipe import MINI, TINY, ClipFiles, write_clip, write_config, write_support_list
 
@@ -38,7 +39,7 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_model(tiny_config: Path) -> MvfaModel:
     """Return a model with random weights, for 56 px images (G = 4), in eval mode and without bank or ranges."""
-    model = MvfaModel(str(tiny_config), pretrained=None, image_size=TINY.image_size).eval()
+    model = build_mvfa(str(tiny_config), pretrained=None, image_size=TINY.image_size).eval()
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(model.backbone.joint_width, 2, generator=generator)
     model.text_features.copy_(torch.nn.functional.normalize(features, dim=0))

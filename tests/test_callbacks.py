@@ -1,4 +1,4 @@
-"""Beside every model: advice where the memory does not suffice, and where checkpoints come from."""
+"""What every model adds to anomalib's callbacks: advice when memory runs out, and where checkpoints come from."""
 
 import logging
 
@@ -7,8 +7,8 @@ import torch
 from anomalib.engine import Engine
 
 from anomalib_mvfa import BMADFewShot, Dra, Mkd, Mvfa
+from anomalib_mvfa.io import commit, dataset_digest, versions
 from anomalib_mvfa.memory import ADVICE
-from anomalib_mvfa.provenance import commit, fingerprint, versions
 
 
 @pytest.fixture
@@ -35,8 +35,10 @@ def data(phantom_root):
     return BMADFewShot(phantom_root, k_shot=1, eval_batch_size=7, num_workers=0)
 
 
-@pytest.mark.parametrize("kind", [Mvfa, Mkd, Dra])
-@pytest.mark.parametrize("step", ["training_step", "test_step"])
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [(Mvfa, "training_step"), (Mvfa, "test_step"), (Mkd, "training_step"), (Dra, "test_step")],
+)
 def test_advice_names_what_is_in_use(monkeypatch, build, engine, data, caplog, kind, step):
     model = build(kind)
 
@@ -56,7 +58,7 @@ def test_a_checkpoint_says_where_it_comes_from(build, engine, data, tmp_path, ki
     data.setup()
     trained = engine()
     trained.fit(build(kind), **{"train_dataloaders": data.train_dataloader()} if by_loader else {"datamodule": data})
-    expected = {"commit": commit(), "versions": versions(), "train_set": fingerprint(data.train_data)}
+    expected = {"commit": commit(), "versions": versions(), "train_set": dataset_digest(data.train_data)}
     assert len(expected["train_set"]) == 64
     assert torch.load(trained.best_model_path, weights_only=False)["provenance"] == expected
 

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +15,9 @@ import torch
 import yaml
 from anomalib.cli.cli import AnomalibCLI
 
-from anomalib_mvfa import BMADFewShot, Mvfa, MvfaModel
+from anomalib_mvfa import BMADFewShot, Mvfa
 from anomalib_mvfa.data.bmad import CATEGORIES
+from anomalib_mvfa.model.build import build_mvfa
 from anomalib_mvfa.data.phantom import write_phantom
 from anomalib_mvfa.data.support import group_of
 from recipe import write_support_list
@@ -39,7 +41,7 @@ QUICK = {
 def check_demo(cli):
     assert cli.model.model.backbone.depth == 4
     assert cli.datamodule.name == "Phantom"
-    assert cli.model.settings["protocol"] == "few_shot"
+    assert cli.model.settings.protocol == "few_shot"
     assert support_counts(cli) == {0: 12, 1: 12}
     assert cli.model.visualizer.overlay_fields_config["anomaly_map"]["normalize"]
     assert len(list(Path("results").glob("Mvfa/Phantom/Brain/v0/images/**/*.png"))) == len(cli.datamodule.test_data)
@@ -48,7 +50,7 @@ def check_demo(cli):
 
 def check_few_shot(cli):
     assert cli.datamodule.category == "Liver"
-    assert cli.model.settings == {
+    assert asdict(cli.model.settings) == {
         "protocol": "few_shot",
         "class_name": "Liver",
         "map_branch": "seg",
@@ -64,9 +66,9 @@ def check_few_shot(cli):
 
 def check_leave_one_out(cli):
     data, settings = cli.datamodule, cli.model.settings
-    assert (settings["protocol"], settings["class_name"]) == ("leave_one_out", "Liver")
-    assert (settings["few_shot_weight"], settings["calibration"]) == (0, "none")
-    assert settings["image_score"] == "det_mean"
+    assert (settings.protocol, settings.class_name) == ("leave_one_out", "Liver")
+    assert (settings.few_shot_weight, settings.calibration) == (0, "none")
+    assert settings.image_score == "det_mean"
     assert learning_rates(cli) == {1e-4}
     assert [part.class_name for part in data.train_data.parts] == [
         category.class_name for name, category in CATEGORIES.items() if name != "Liver"
@@ -80,23 +82,23 @@ def check_mvfa_paper_losses(cli):
     model = cli.model.model
     assert (model.residual, model.pooling, model.upsample) == ("single", "max", "probabilities")
     assert cli.model.loss.bce == "plain"
-    assert (cli.model.settings["calibration"], cli.model.settings["image_score"]) == ("none", "det_max")
-    assert (model.scoring.ranged, model.scoring.image_score) == (False, "det_max")
+    assert (cli.model.settings.calibration, cli.model.settings.image_score) == ("none", "det_max")
+    assert (model.scoring.normalised, model.scoring.image_score) == (False, "det_max")
     assert model.ranges.isnan().all()
-    assert cli.model.settings["few_shot_weight"] == 0.5
+    assert cli.model.settings.few_shot_weight == 0.5
 
 
 def check_mvtec(cli):
     data = cli.datamodule
     assert (data.name, data.category) == ("MVTecAD", "screw")
-    assert cli.model.settings["class_name"] == "screw"
+    assert cli.model.settings.class_name == "screw"
     assert support_counts(cli) == {0: 4, 1: 4}
     assert (len(data.val_data), len(data.test_data)) == (2, 10)
 
 
 def check_own_data(cli):
     data = cli.datamodule
-    assert cli.model.settings["class_name"] == "mammogram"
+    assert cli.model.settings.class_name == "mammogram"
     assert support_counts(cli) == {0: 4, 1: 4}
     parts = [set(part.samples.image_path) for part in (data.support, data.val_data, data.test_data)]
     patients = [{group_of(path, r"/(p\d+)_") for path in part} for part in parts]
@@ -114,7 +116,7 @@ def check_own_data(cli):
 
 def check_scans(cli):
     data = cli.datamodule
-    assert cli.model.settings["class_name"] == "liver"
+    assert cli.model.settings.class_name == "liver"
     assert support_counts(cli) == {0: 4, 1: 4}
     parts = [data.support, data.val_data, data.test_data]
     files = [{Path(path).name.partition("_slice")[0] for path in part.samples.image_path} for part in parts]
@@ -129,8 +131,8 @@ def check_published_adapters(cli):
     saved = torch.load("checkpoints/few-shot/Brain.pth")
     for branch in ("seg_adapters", "det_adapters"):
         torch.testing.assert_close(getattr(cli.model.model, branch).state_dict(), saved[branch], atol=0, rtol=0)
-    assert cli.model.settings["calibration"] == "test"
-    assert cli.model.model.scoring.ranged
+    assert cli.model.settings.calibration == "test"
+    assert cli.model.model.scoring.normalised
     assert cli.model.model.ranges[0].isfinite().all()
     samples = cli.datamodule.support.samples
     for label, names in enumerate((NORMAL, ABNORMAL)):
@@ -278,7 +280,7 @@ def test_few_shot_shows_every_argument_at_its_default():
     outside = {"backbone", "pretrained"}  # environment variables set these, and a value in the file would win
     assert config["model"]["init_args"] == defaults(Mvfa, without=COMPONENTS | prompts | outside)
     for name in outside:
-        assert f"# {name}: {defaults(MvfaModel)[name]} " in text
+        assert f"# {name}: {defaults(build_mvfa)[name]} " in text
 
     shown, expected = config["data"]["init_args"], defaults(BMADFewShot, without={"source", *augmentations})
     assert Path(shown.pop("root")) == Path(expected.pop("root"))

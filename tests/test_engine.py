@@ -14,8 +14,9 @@ from anomalib.cli.cli import AnomalibCLI
 from anomalib.engine import Engine
 from PIL import Image
 
-from anomalib_mvfa import BMADFewShot, Mvfa, MvfaModel
-from anomalib_mvfa.model.torch_model import SupportViews
+from anomalib_mvfa import BMADFewShot, Mvfa
+from anomalib_mvfa.model.build import build_mvfa
+from anomalib_mvfa.model.calibration import SupportBatch, fill_bank, set_ranges
 
 IMAGE_SIZE = 56
 
@@ -98,11 +99,11 @@ def test_onnx_and_openvino_exports_give_the_same_maps_at_any_batch(fitted, files
 
 
 def test_compiled_model_equals_eager_at_any_batch_without_recompiling(mini_clip):
-    model = MvfaModel(str(mini_clip.config), str(mini_clip.weights), IMAGE_SIZE).eval()
+    model = build_mvfa(str(mini_clip.config), str(mini_clip.weights), IMAGE_SIZE).eval()
     model.text_features.copy_(model.encode_states("Brain"))
     generator = torch.Generator().manual_seed(0)
     support = torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
-    model.calibrate(model.memorise([SupportViews(support, torch.tensor([0, 0]), ["a", "b"])]))
+    set_ranges(model, fill_bank(model, [SupportBatch(support, torch.tensor([0, 0]), ["a", "b"])]))
     # The graphs are what is compared; generating code for them would take a minute.
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():

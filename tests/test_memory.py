@@ -1,4 +1,4 @@
-"""Want of memory is told from other errors."""
+"""Running out of memory is told from other errors."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from anomalib_mvfa.memory import is_out_of_memory
         (KeyboardInterrupt(), False),
     ],
 )
-def test_want_of_memory_is_told_from_other_errors(error, expected):
+def test_out_of_memory_is_told_from_other_errors(error, expected):
     assert is_out_of_memory(error) is expected
 
 

@@ -1,5 +1,6 @@
 """The plugin in fresh interpreters: most of what it does, it does only once in a process."""
 
+import importlib
 import json
 import os
 import pkgutil
@@ -12,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from anomalib.data import AnomalibDataModule
+from anomalib.models import AnomalibModule, convert_to_snake_case
 
 import anomalib_mvfa
 import anomalib_mvfa_hook
@@ -19,16 +22,14 @@ from anomalib_mvfa import plugin
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
-DATA_NAMES = ("BMADFewShot", "BMADLeaveOneOut", "BMADOneClass", "FewShot", "FullNormal", "LeaveOneOut", "Phantom")
+CLASSES = {name: value for name in anomalib_mvfa.__all__ if isinstance(value := getattr(anomalib_mvfa, name), type)}
+DATA_NAMES = [name for name, value in CLASSES.items() if issubclass(value, AnomalibDataModule)]
+# WinClipBaseline derives from anomalib's WinClip, and anomalib lists direct subclasses only.
 MODEL_NAMES = {
-    "april_gan": "AprilGan",
-    "bgad": "Bgad",
-    "clip": "Clip",
-    "dra": "Dra",
-    "med_clip": "MedClip",
-    "mkd": "Mkd",
-    "mvfa": "Mvfa",
+    convert_to_snake_case(name): name for name, value in CLASSES.items() if AnomalibModule in value.__bases__
 }
+assert {"FewShot", "Scans"} <= {*DATA_NAMES}
+assert {"mvfa", "mkd"} <= {*MODEL_NAMES}
 
 
 def python(code: str, *options: str, **environment: str) -> str:
@@ -178,7 +179,6 @@ def test_every_first_import_attaches_everything():
         "from anomalib.models.image.padim import Padim",
         "from anomalib_mvfa import Mvfa",
         "from anomalib_mvfa import AprilGan",
-        "from anomalib_mvfa import Clip",
         "from anomalib_mvfa import MvfaModel",
         "from anomalib_mvfa import BMADFewShot",
         "import anomalib_mvfa.data",
@@ -187,8 +187,19 @@ def test_every_first_import_attaches_everything():
     ]
     printed = python(
         f"""
-        import os, sys
-        import lightning.pytorch, open_clip, pandas, timm, torch, torchvision
+        import contextlib, importlib, os, sys
+
+        # What the children need of other packages is imported once, in the order in which a first child has met it.
+        reader, writer = os.pipe()
+        if not os.fork():
+            import anomalib.cli.cli, anomalib.models, anomalib_mvfa
+            known = [name for name in sys.modules if name.partition(".")[0] not in ("anomalib", "anomalib_mvfa")]
+            os.fdopen(writer, "w").write(" ".join(known))
+            os._exit(0)
+        os.close(writer)
+        for name in os.fdopen(reader).read().split():
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
 
         for first in {first_imports!r}:
             child = os.fork()
@@ -278,14 +289,26 @@ def test_a_name_of_anomalib_is_never_overwritten(caplog):
     assert "ours is anomalib_mvfa.FewShot" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("anomalib.models", {*MODEL_NAMES.values(), "WinClipBaseline"}), ("anomalib.data", {*DATA_NAMES, "PredictScans"})],
+)
+def test_anomalib_gets_models_and_data_and_nothing_else(name, expected):
+    host = ModuleType(name)
+    host.ALLOWED_MODULES = set()
+    plugin.attach(host)
+    assert {*vars(host)} & {*anomalib_mvfa.__all__} == expected
+
+
 def test_package_imports_on_first_use_only():
     code = "import anomalib_mvfa, sys; print({'anomalib', 'torch'} & {*sys.modules}, anomalib_mvfa.__version__)"
     assert python(code).split() == ["set()", anomalib_mvfa.__version__]
 
 
-def test_package_lists_its_names():
+def test_package_has_the_names_of_its_stub():
     assert {*anomalib_mvfa.__all__} <= {*dir(anomalib_mvfa)}
-    assert all(hasattr(anomalib_mvfa, name) for name in anomalib_mvfa.__all__)
+    for name, module in anomalib_mvfa.MODULES.items():
+        assert getattr(anomalib_mvfa, name) is getattr(importlib.import_module(module, "anomalib_mvfa"), name)
     with pytest.raises(AttributeError, match=r"no attribute 'Mvfaa'; its public names are .*Mvfa, "):
         anomalib_mvfa.Mvfaa  # noqa: B018
 
@@ -299,12 +322,14 @@ def wheel(request, tmp_path_factory):
     return next(folder.glob("*.whl"))
 
 
-def test_wheel_has_the_start_up_files_on_top(wheel):
+def test_wheel_has_the_start_up_files_on_top_and_the_types(wheel):
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read("anomalib_mvfa_hook.pth") == b"import anomalib_mvfa_hook; anomalib_mvfa_hook.install()\n"
         assert archive.read("anomalib_mvfa_hook.start") == b"anomalib_mvfa_hook:install\n"
         assert pkgutil.resolve_name("anomalib_mvfa_hook:install") is anomalib_mvfa_hook.install
         assert archive.read("anomalib_mvfa_hook.py") == (SOURCE / "anomalib_mvfa_hook.py").read_bytes()
+        if "editable" not in str(wheel):
+            assert {"anomalib_mvfa/__init__.pyi", "anomalib_mvfa/py.typed"} <= {*archive.namelist()}
 
 
 def test_uninstall_leaves_nothing(wheel, tmp_path):

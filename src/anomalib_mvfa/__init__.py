@@ -1,90 +1,25 @@
 """MVFA, few-shot and zero-shot anomaly detection in medical images, as a plugin of anomalib."""
 
+import ast
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from .baselines.april_gan import AprilGan
-    from .baselines.bgad import Bgad
-    from .baselines.clip import Clip
-    from .baselines.dra import Dra
-    from .baselines.med_clip import MedClip
-    from .baselines.mkd import Mkd
-    from .baselines.winclip import WinClipBaseline
-    from .checkpoint import load_adapters, save_adapters
-    from .data import (
-        BMADFewShot,
-        BMADLeaveOneOut,
-        BMADOneClass,
-        FewShot,
-        FullNormal,
-        LeaveOneOut,
-        Phantom,
-        PredictScans,
-        Scans,
-    )
-    from .model.lightning_model import Mvfa
-    from .model.torch_model import MvfaModel
-    from .plugin import register
-
-    __version__: str
-
-__all__ = [
-    "AprilGan",
-    "BMADFewShot",
-    "BMADLeaveOneOut",
-    "BMADOneClass",
-    "Bgad",
-    "Clip",
-    "Dra",
-    "FewShot",
-    "FullNormal",
-    "LeaveOneOut",
-    "MedClip",
-    "Mkd",
-    "Mvfa",
-    "MvfaModel",
-    "Phantom",
-    "PredictScans",
-    "Scans",
-    "WinClipBaseline",
-    "__version__",
-    "load_adapters",
-    "register",
-    "save_adapters",
-]
-
-# Imported on first use: importing this package must not import anomalib, whose import imports this package.
-_HOMES = {
-    "AprilGan": ".baselines.april_gan",
-    "BMADFewShot": ".data",
-    "BMADLeaveOneOut": ".data",
-    "BMADOneClass": ".data",
-    "Bgad": ".baselines.bgad",
-    "Clip": ".baselines.clip",
-    "Dra": ".baselines.dra",
-    "FewShot": ".data",
-    "FullNormal": ".data",
-    "LeaveOneOut": ".data",
-    "MedClip": ".baselines.med_clip",
-    "Mkd": ".baselines.mkd",
-    "Mvfa": ".model.lightning_model",
-    "MvfaModel": ".model.torch_model",
-    "Phantom": ".data",
-    "PredictScans": ".data",
-    "Scans": ".data",
-    "WinClipBaseline": ".baselines.winclip",
-    "load_adapters": ".checkpoint",
-    "register": ".plugin",
-    "save_adapters": ".checkpoint",
+# Names are imported on first use: importing this package must not import anomalib, whose import imports this package.
+MODULES = {
+    alias.name: f".{node.module}"
+    for node in ast.parse(Path(__file__).with_suffix(".pyi").read_text("utf-8")).body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
 }
+__all__ = ["__version__", *MODULES]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 (a public name may be a class, a function or a string)
+def __getattr__(name: str) -> Any:  # noqa: ANN401  # a public name may be a class, a function or a string
     if name == "__version__":
         value: Any = import_module("importlib.metadata").version("anomalib-mvfa")
-    elif name in _HOMES:
-        value = getattr(import_module(_HOMES[name], __name__), name)
+    elif name in MODULES:
+        value = getattr(import_module(MODULES[name], __name__), name)
     else:
         msg = f"module {__name__!r} has no attribute {name!r}; its public names are {', '.join(__all__)}."
         raise AttributeError(msg)

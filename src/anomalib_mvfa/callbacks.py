@@ -1,4 +1,4 @@
-"""What runs beside every model of ours: advice where the memory does not suffice, and what checkpoints come of."""
+"""Callbacks that every model adds to anomalib's: advice when memory runs out, and where checkpoints come from."""
 
 import logging
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from .contract import dataset_of
+from .io import commit, dataset_digest, versions
 from .memory import ADVICE, is_out_of_memory
-from .provenance import commit, fingerprint, versions
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 
 class MemoryAdvice(Callback):
-    """Says what to do when a run ends for want of memory, beside the error itself."""
+    """Logs what to do when a run ends out of memory, beside the error itself."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Log the advice, with the batch sizes in use."""
@@ -27,7 +27,7 @@ class MemoryAdvice(Callback):
 
 
 class Provenance(Callback):
-    """Writes into checkpoints, under "provenance", the commit, versions and a digest of the data that were learnt from.
+    """Writes the commit, versions and a digest of the training data into checkpoints, under "provenance".
 
     Lightning itself writes the model's arguments.
     """
@@ -35,22 +35,22 @@ class Provenance(Callback):
     _of_fit: dict[str, Any] | None = None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep it for checkpoints that are saved without another fit."""
+        """Keep a checkpoint's provenance, for checkpoints that are saved without another fit."""
         del trainer, pl_module
         self._of_fit = checkpoint.get("provenance")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the data, once and not at every checkpoint."""
+        """Read the data once, and not at every checkpoint."""
         del pl_module
-        train_set = fingerprint(dataset_of(trainer, "train"))
+        train_set = dataset_digest(dataset_of(trainer, "train"))
         self._of_fit = {"commit": commit(), "versions": versions(), "train_set": train_set}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add it."""
+        """Add the provenance."""
         del trainer, pl_module
         checkpoint["provenance"] = self._of_fit
 
 
-def beside(callbacks: Sequence[Callback] | Callback) -> list[Callback]:
-    """Return a model's callbacks, and these."""
+def default_callbacks(callbacks: Sequence[Callback] | Callback) -> list[Callback]:
+    """Return a model's callbacks, and those of this module."""
     return [*(callbacks if isinstance(callbacks, Sequence) else [callbacks]), MemoryAdvice(), Provenance()]

@@ -1,8 +1,8 @@
-"""What the model asks of data. The model knows no data set by name; it asks a datamodule for what is here.
+"""What a datamodule tells a model. A model knows no data set by name; it asks the datamodule for what is here.
 
-A datamodule may offer ``protocol`` (a :class:`Protocol`), ``class_name`` (the noun for prompts) and ``support`` (a
-dataset of views of the support images, an image's unchanged view first, or None); a batch may carry ``class_name``.
-Any other anomalib datamodule works too: what it does not offer is derived from its datasets.
+A datamodule may offer ``protocol`` (:class:`ProtocolDefaults`), ``class_name`` (for prompts) and ``support`` (a dataset
+of views of the support images, an image's unchanged view first, or None); a batch may carry ``class_name``. Any other
+anomalib datamodule works too: what it does not offer is derived from its datasets.
 """
 
 from dataclasses import dataclass
@@ -11,21 +11,20 @@ from typing import Any
 from anomalib import TaskType
 from anomalib.data import AnomalibDataModule, ImageBatch, ImageItem
 from anomalib.data.utils import LabelName
-from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 DEFAULT_CLASS_NAME = "object"
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """What a way of dealing out data implies for the model, where the user leaves it open.
+class ProtocolDefaults:
+    """What a protocol (few-shot, leave-one-out) implies for the model, where the user leaves it open.
 
     Args:
-        name: For the log and the results.
+        name: Name for the log and the results.
         few_shot_weight: Weight of the few-shot branch; 0 means that there is no bank.
-        learning_rate: Of Adam.
-        image_score: How an image is scored; by None, "map_max" where there are masks and "det_mean" elsewhere.
+        learning_rate: Learning rate of Adam.
+        image_score: How an image is scored; None means "map_max" where there are masks and "det_mean" elsewhere.
     """
 
     name: str
@@ -34,22 +33,22 @@ class Protocol:
     image_score: str | None = None
 
 
-FEW_SHOT = Protocol("few_shot", few_shot_weight=0.5, learning_rate=1e-3)
-LEAVE_ONE_OUT = Protocol("leave_one_out", few_shot_weight=0.0, learning_rate=1e-4, image_score="det_mean")
+FEW_SHOT = ProtocolDefaults("few_shot", few_shot_weight=0.5, learning_rate=1e-3)
+LEAVE_ONE_OUT = ProtocolDefaults("leave_one_out", few_shot_weight=0.0, learning_rate=1e-4, image_score="det_mean")
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the model needs to know of the data at hand.
+    """What a model needs to know of the data at hand.
 
     Args:
         protocol: The datamodule's protocol, few-shot by default.
-        class_name: The noun of what is tested.
+        class_name: Class name of what is tested.
         has_masks: Whether tested images come with masks.
         normal_only: Whether the training images hold no abnormal one, so that there is nothing to learn from.
     """
 
-    protocol: Protocol = FEW_SHOT
+    protocol: ProtocolDefaults = FEW_SHOT
     class_name: str = DEFAULT_CLASS_NAME
     has_masks: bool = True
     normal_only: bool = False
@@ -67,19 +66,19 @@ def describe(datamodule: AnomalibDataModule | None, train_data: Any = None, test
     tasks = [task for task in (_task(test_data), _task(train_data)) if task is not None]
     return DataFacts(
         protocol=getattr(datamodule, "protocol", FEW_SHOT),
-        class_name=noun_of(datamodule) or noun_of(test_data) or DEFAULT_CLASS_NAME,
+        class_name=class_name_of_data(datamodule) or class_name_of_data(test_data) or DEFAULT_CLASS_NAME,
         has_masks=not tasks or tasks[0] == TaskType.SEGMENTATION,
         normal_only=train_data is not None and not has_label(train_data, LabelName.ABNORMAL),
     )
 
 
-def noun_of(source: Any) -> str | None:  # noqa: ANN401  # a datamodule, a dataset or nothing
-    """Return what prompts call the objects of a datamodule or dataset: its own noun, or else its category."""
+def class_name_of_data(source: Any) -> str | None:  # noqa: ANN401  # a datamodule, a dataset or nothing
+    """Return the class name of a datamodule or dataset for prompts: its own, or else its category."""
     return getattr(source, "class_name", None) or (getattr(source, "category", None) or "").replace("_", " ") or None
 
 
 def class_name_of(batch: ImageBatch | ImageItem) -> str | None:
-    """Return the noun that a batch carries, if any."""
+    """Return the class name that a batch carries, if any."""
     return getattr(batch, "class_name", None)
 
 
@@ -94,8 +93,8 @@ def _task(dataset: Any) -> TaskType | None:  # noqa: ANN401  # any dataset of an
     return TaskType(samples.attrs["task"]) if samples is not None and "task" in samples.attrs else None
 
 
-def dataset_of(trainer: Trainer, kind: str) -> Any:  # noqa: ANN401  # any dataset of anomalib items
-    """Return the dataset "train", "val" or "test" of a trainer's datamodule or loaders, None if it is not seen."""
+def dataset_of(trainer: Any, kind: str) -> Any:  # noqa: ANN401  # Lightning's trainer; any dataset of anomalib items
+    """Return the dataset "train", "val" or "test" of a trainer's datamodule or loaders, None if there is none."""
     if (dataset := getattr(getattr(trainer, "datamodule", None), f"{kind}_data", None)) is not None:
         return dataset
     loops = {"train": trainer.fit_loop, "val": trainer.validate_loop, "test": trainer.test_loop}

@@ -14,13 +14,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Test an untrained model and train it, both by anomalib's command line, and print the scores side by side.
 
     Args:
-        arguments: Of the command line; those other than ``--seed`` are passed on to anomalib.
+        arguments: Arguments of the command line; those other than ``--seed`` are passed on to anomalib.
 
     Returns:
-        Scores of "untrained" and "trained".
+        Scores of the "untrained" and the "trained" model by metric.
     """
     parser = argparse.ArgumentParser(prog="python -m anomalib_mvfa.demo", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="of the images, the draw of the support and the adapters")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the images, the draw of the support and the adapters"
+    )
     options, overrides = parser.parse_known_args(arguments)
     if not CONFIG.is_file():
         parser.error(f"{CONFIG} is not in {Path.cwd()}. Run the demo in the root of a checkout of anomalib-mvfa.")
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         f"device    {trainer.strategy.root_device}",
         f"time      {time.monotonic() - start:.0f} s",
         "",
-        "The backbone is a stand-in with random weights, and the images are drawn by the package: these numbers show",
+        "The backbone is a tiny CLIP with random weights, and the images are drawn by the package: these numbers show",
         "that the software works. They mean nothing clinically.",
     ]
     sys.stdout.write("\n".join(lines) + "\n")

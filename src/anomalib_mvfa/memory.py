@@ -1,4 +1,4 @@
-"""What to do when the memory does not suffice, and what keeps it sufficient from job to job."""
+"""What to do when memory runs out, and what keeps it from growing from job to job."""
 
 import ctypes
 import gc
@@ -7,13 +7,15 @@ from contextlib import suppress
 import torch
 
 ADVICE = (
-    "The memory did not suffice. Ways out, those without effect on scores first: a smaller eval_batch_size or "
+    "Out of memory. These options help, those without effect on scores first: a smaller eval_batch_size or "
     "train_batch_size of the data; trainer.precision=bf16-mixed; a smaller k_shot or bank_images, or a coreset of the "
     "memory bank; a smaller image_size or backbone; another device (trainer.accelerator)."
 )
 
-M_MMAP_THRESHOLD, LARGE = -3, 16 * 2**20
-"""Of the C library: name of a parameter, and bytes."""
+M_MMAP_THRESHOLD = -3
+"""The C library's number of the parameter that says which blocks are large."""
+LARGE = 16 * 2**20
+"""Size of a large block in bytes."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -22,9 +24,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def return_large_blocks() -> None:
-    """Let the C library return large blocks to the system at once.
+    """Let the C library return large blocks to the system as soon as they are freed.
 
-    By default it raises that size up to 32 MiB and keeps smaller blocks in a heap, which grew to 18 GB in a coreset
+    By default it raises the threshold up to 32 MiB and keeps smaller blocks in a heap, which grew to 18 GB in a coreset
     whose every step takes and frees a block of 31 MB.
     """
     with suppress(OSError, AttributeError):  # of other systems

@@ -12,20 +12,11 @@ from types import ModuleType
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
-_NAMES = {
-    "anomalib.models": ("AprilGan", "Bgad", "Clip", "Dra", "MedClip", "Mkd", "Mvfa", "WinClipBaseline"),
-    "anomalib.data": (
-        "BMADFewShot",
-        "BMADLeaveOneOut",
-        "BMADOneClass",
-        "FewShot",
-        "FullNormal",
-        "LeaveOneOut",
-        "Phantom",
-        "PredictScans",
-        "Scans",
-    ),
+HOSTS = {
+    "anomalib.models": (".baselines.", ".model.lightning_model"),
+    "anomalib.data": (".data",),
 }
+"""Modules of anomalib, and ours whose public classes get short names there."""
 
 
 def register() -> None:
@@ -34,23 +25,26 @@ def register() -> None:
     Needed only where the start-up hook is not active: under ``python -S``, after ``pip install --target``, or with
     ``ANOMALIB_MVFA_PLUGIN=0``.
     """
-    for host in _NAMES:
+    for host in HOSTS:
         attach(import_module(host))
 
 
 def attach(host: ModuleType) -> None:
-    """Attach our names to a host; names that it already has are left alone.
+    """Attach our names to a module of anomalib; names that it already has are left alone.
 
     Args:
         host: ``anomalib.models`` or ``anomalib.data``, fully imported. The start-up hook passes the module since it
             is not an attribute of ``anomalib`` yet.
     """
     package = import_module("anomalib_mvfa")
-    for name in _NAMES[host.__name__]:
+    for name, module in package.MODULES.items():
+        ours = getattr(package, name) if module.startswith(HOSTS[host.__name__]) else None
+        if not isinstance(ours, type):
+            continue
         present = getattr(host, name, None)
         if present is None:
-            setattr(host, name, getattr(package, name))
-        elif not present.__module__.startswith(package.__name__):
+            setattr(host, name, ours)
+        elif present is not ours:
             logger.warning("%s has a %s of its own; ours is anomalib_mvfa.%s.", host.__name__, name, name)
     if host.__name__ == "anomalib.models":
         # get_model() imports class paths from these modules only.
@@ -58,7 +52,7 @@ def attach(host: ModuleType) -> None:
 
 
 COMMANDS = {"compare": "compare.run", "repeat": "repeat", "report": "compare.report"}
-"""Our own commands, and the modules whose ``main`` runs them."""
+"""Commands of this package, and the modules whose ``main`` runs them."""
 
 
 def main() -> int | None:

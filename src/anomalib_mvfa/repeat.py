@@ -2,7 +2,7 @@
 
 import json
 import re
-from argparse import ArgumentParser, BooleanOptionalAction
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,30 +14,31 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 
-from .files import written_whole
-from .intervals import METRICS, ScoreRecorder, Scores, bootstrap
-from .provenance import commit, device_name, fingerprint, versions
+from .io import atomic_write, commit, dataset_digest, device_name, versions
+from .metrics.bootstrap import METRICS, ScoreRecorder, Scores, bootstrap
 
 
 class EveryEpoch(ModelCheckpoint):
-    """Keeps the checkpoint of every epoch, apart from those that the user asks for."""
+    """Keeps the checkpoint of every epoch, in addition to those that the user asks for."""
 
     def __init__(self) -> None:
         super().__init__(save_top_k=-1, filename="every_epoch/{epoch}")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run ``anomalib train`` once a seed, and print and save means, spreads and intervals.
+    """Run ``anomalib train`` once per seed, and print and save means, spreads and intervals.
 
     Args:
-        arguments: Own options, and those of ``anomalib train``.
+        arguments: Options of this command, and those of ``anomalib train``.
     """
     parser = ArgumentParser(
         prog="anomalib-mvfa repeat",
-        description="Train and test once a seed. All further options are those of `anomalib train`.",
+        description="Train and test once per seed. All further options are those of `anomalib train`.",
     )
     parser.add_argument("--seeds", type=_seeds, default=[0, 1, 2], help="comma-separated; model.seed and data.seed")
-    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap over test images")
+    parser.add_argument(
+        "--resamples", type=int, default=1000, help="number of resamples of the bootstrap over test images"
+    )
     parser.add_argument("--output", type=Path, default=Path("results/repeat.json"))
     parser.add_argument(
         "--select_epoch_on_test",
@@ -48,8 +49,6 @@ def main(arguments: Sequence[str]) -> None:
     own, train = parser.parse_known_args(arguments)
     if own.resamples < 1:
         parser.error(f"--resamples {own.resamples} must be at least 1")
-    if len(set(own.seeds)) < len(own.seeds):
-        parser.error(f"--seeds {','.join(map(str, own.seeds))} must not name one twice")
     if own.output.is_dir() or any(parent.exists() and not parent.is_dir() for parent in own.output.parents):
         parser.error(f"--output {own.output} must be a file that can be written, such as results/repeat.json")
 
@@ -60,16 +59,17 @@ def main(arguments: Sequence[str]) -> None:
         scores.append(tested)
         # Written after each seed, so that a run cut short loses nothing.
         report = _report(train, runs, bootstrap(scores, group_by, own.resamples), group_by, own.resamples)
-        with written_whole(own.output) as partial:
+        with atomic_write(own.output) as partial:
             partial.write_text(json.dumps(report, indent=2))
     _show(report, own.output)
 
 
 def _seeds(text: str) -> list[int]:
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        msg = f"{text!r} must be whole numbers with commas between, such as 0,1,2"
-        raise ValueError(msg)
-    return [int(seed) for seed in text.split(",")]
+    seeds = [int(seed) for seed in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text) else []
+    if not seeds or len(set(seeds)) < len(seeds):
+        msg = f"{text!r} must be different whole numbers with commas between, such as 0,1,2"
+        raise ArgumentTypeError(msg)
+    return seeds
 
 
 def _run(seed: int, train: Sequence[str], every_epoch: bool) -> tuple[dict[str, Any], Scores, str | None]:
@@ -86,8 +86,8 @@ def _run(seed: int, train: Sequence[str], every_epoch: bool) -> tuple[dict[str, 
     run = {
         "seed": seed,
         "device": device_name(trainer.strategy.root_device),
-        "train_set": fingerprint(getattr(cli.datamodule, "train_data", None)),
-        "test_set": fingerprint(getattr(cli.datamodule, "test_data", None)),
+        "train_set": dataset_digest(getattr(cli.datamodule, "train_data", None)),
+        "test_set": dataset_digest(getattr(cli.datamodule, "test_data", None)),
         "epochs": trainer.current_epoch,
         "config": yaml.safe_load(cli.parser.dump(cli.config))["train"],
         "settings": getattr(cli.model, "settings", None),
@@ -101,20 +101,13 @@ def _run(seed: int, train: Sequence[str], every_epoch: bool) -> tuple[dict[str, 
 
 def _best_epoch(cli: Any) -> dict[str, Any]:  # noqa: ANN401  # AnomalibCLI, whose import is slow
     """Test every epoch's checkpoint; the published criterion is image plus pixel AUROC."""
-    checkpoint = next(c for c in cli.engine.trainer.checkpoint_callbacks if isinstance(c, EveryEpoch))
-    best: dict[str, Any] = {}
-    for path in sorted(
-        Path(checkpoint.dirpath or ".").glob("every_epoch/epoch=*.ckpt"), key=lambda p: int(p.stem.split("=")[1])
-    ):
+    callback = next(c for c in cli.engine.trainer.checkpoint_callbacks if isinstance(c, EveryEpoch))
+    checkpoints = Path(callback.dirpath or ".").glob("every_epoch/epoch=*.ckpt")
+    tested = []
+    for epoch, path in sorted((int(path.stem.split("=")[1]) + 1, path) for path in checkpoints):
         cli.engine.test(model=cli.model, datamodule=cli.datamodule, ckpt_path=path, verbose=False)
-        figures = _figures(cli.engine.trainer)
-        if not best or _criterion(figures) > _criterion(best):
-            best = {"epoch": int(path.stem.split("=")[1]) + 1, **figures}
-    return best
-
-
-def _criterion(figures: dict[str, float]) -> float:
-    return sum(figures[name] for name in METRICS if name in figures)
+        tested.append({"epoch": epoch, **_figures(cli.engine.trainer)})
+    return max(tested, key=lambda row: sum(row.get(name, 0.0) for name in METRICS), default={})
 
 
 def _figures(trainer: Trainer) -> dict[str, float]:

@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 from anomalib_mvfa.compare.job import SIDE, CompareJob, Memory
 from anomalib_mvfa.compare.results import Features, Pictures, read_row, read_rows
-from anomalib_mvfa.intervals import Scores
+from anomalib_mvfa.metrics.bootstrap import Scores
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def test_patchcore_equals_anomalibs_command_line(finished, two_categories, tmp_p
         "--model": "Patchcore",
         "--model.backbone": "resnet18",
         "--model.pre_trained": "false",
-        "--model.post_processor": "anomalib_mvfa.evaluation.OrderKeepingPostProcessor",
-        "--model.evaluator": "anomalib_mvfa.evaluation.metrics",
+        "--model.post_processor": "anomalib_mvfa.model.processing.OrderKeepingPostProcessor",
+        "--model.evaluator": "anomalib_mvfa.metrics.evaluator.default_evaluator",
         "--model.visualizer": "false",
         "--data": "BMADFewShot",
         "--data.root": two_categories,
@@ -155,7 +155,7 @@ def test_a_full_disk_is_this_jobs_error(finished, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("anomalib_mvfa.intervals.Scores.save", full)
+    monkeypatch.setattr("anomalib_mvfa.metrics.bootstrap.Scores.save", full)
     row, folder = finished("PatchCore")
     assert row.error.startswith(f"OSError: {folder} was not written (No space left on device)")
     assert sorted(path.name for path in folder.iterdir()) == ["error.txt", "row.json"]

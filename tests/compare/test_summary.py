@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from anomalib_mvfa.compare.paper import paper_table
 from anomalib_mvfa.compare.summary import lacking, read_outcome, shots, summarise, tabulate
-from anomalib_mvfa.intervals import Scores, bootstrap
+from anomalib_mvfa.metrics.bootstrap import Scores, bootstrap
 
 
 def tables(run, metric="image_AUROC", k_shot=4, paper=None):

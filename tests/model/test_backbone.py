@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import by_hand
+from anomalib_mvfa.io import file_digest
 from anomalib_mvfa.model import backbone as module
 from anomalib_mvfa.model.backbone import ClipBackbone, working_backbones
 from recipe import MINI, SIDE, TINY, clip_weights, images, write_config
@@ -227,9 +228,10 @@ FORMS = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_weights_of_every_form(build, weights, tmp_path, name):
+def test_weights_of_every_form(build, weights, tmp_path, name, monkeypatch):
     expected = build()
     FORMS[name](weights, tmp_path / name)
+    monkeypatch.setattr(module, "_openai_digests", lambda: {file_digest(str(tmp_path / name))})
     found = build(tmp_path / name)
     for key, value in found.clip.state_dict().items():
         assert value.dtype == torch.float32

@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 
+from anomalib_mvfa.model.build import build_mvfa
 from anomalib_mvfa.model.frozen_cache import FrozenCache
-from anomalib_mvfa.model.torch_model import MvfaModel
 from recipe import TINY, images
 
 
@@ -82,7 +82,7 @@ def test_copies_are_empty(picture, duplicate):
 
 @pytest.mark.parametrize("adaptation", ["adapter", "projector"])
 def test_training_is_the_same_with_it(tiny_config, adaptation):
-    model = MvfaModel(str(tiny_config), None, TINY.image_size, adaptation=adaptation).train()
+    model = build_mvfa(str(tiny_config), None, TINY.image_size, adaptation=adaptation).train()
     image = images("cache", 3, TINY.image_size)
     text = torch.nn.functional.normalize(images("text", 1, 24)[0, 0, :, :2], dim=0)
     gradients = []

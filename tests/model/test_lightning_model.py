@@ -4,6 +4,7 @@ import io
 import logging
 import shutil
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_mvfa import BMADFewShot, BMADLeaveOneOut, FewShot, Mvfa
 from anomalib_mvfa.model.backbone import ClipBackbone
+from anomalib_mvfa.model.calibration import is_calibrated
+from anomalib_mvfa.model.state import Settings
 
 IMAGE_SIZE = 56
 
@@ -99,7 +102,7 @@ class Losses(Callback):
 def test_data_decide_what_arguments_leave_open(make, few_shot, engine):
     model = make()
     engine().test(model, datamodule=few_shot(), verbose=False)
-    assert model.settings == {
+    assert asdict(model.settings) == {
         "protocol": "few_shot",
         "class_name": "Brain",
         "map_branch": "seg",
@@ -114,9 +117,11 @@ def test_data_decide_what_arguments_leave_open(make, few_shot, engine):
 def test_arguments_beat_the_data(make, few_shot, engine):
     model = make(class_name="head", image_score="det_max", few_shot_weight=0.2, learning_rate=0.01, calibration="none")
     engine().test(model, datamodule=few_shot(), verbose=False)
-    chosen = {key: model.settings[key] for key in ("class_name", "image_score", "few_shot_weight", "learning_rate")}
+    chosen = {
+        key: getattr(model.settings, key) for key in ("class_name", "image_score", "few_shot_weight", "learning_rate")
+    }
     assert chosen == {"class_name": "head", "image_score": "det_max", "few_shot_weight": 0.2, "learning_rate": 0.01}
-    assert model.model.scoring.ranged is False
+    assert model.model.scoring.normalised is False
 
 
 @pytest.mark.parametrize(
@@ -203,7 +208,7 @@ def test_validation_runs_after_the_last_epoch_only_and_every_epoch_is_saved(make
             events.append(("validate", trainer.current_epoch))
 
         def on_save_checkpoint(self, trainer, pl_module, checkpoint):
-            events.append(("save", trainer.current_epoch, pl_module._bank_is_fresh))
+            events.append(("save", trainer.current_epoch, is_calibrated(pl_module.model)))
 
     engine(callbacks=[Watch()]).fit(make(max_epochs=3), datamodule=few_shot())
     assert events == [("save", 0, False), ("save", 1, False), ("validate", 2), ("save", 2, True)]
@@ -256,7 +261,7 @@ def test_momentum_of_masked_steps_does_not_reach_seg_adapters_later(make, engine
     """Seg adapters that have momentum rest during steps without masks, as with two optimisers."""
     model = make()
     engine()._setup_trainer(model)
-    model.settings = {"learning_rate": 1e-3, "class_name": "Brain"}
+    model.state.settings = Settings(learning_rate=1e-3, class_name="Brain")
     optimizer = model.configure_optimizers()
     text = model.model.encode_states("Brain")
     image, mask, label = (
@@ -439,7 +444,7 @@ def test_a_save_that_is_cut_off_leaves_the_last_checkpoint(make, few_shot, engin
 def bank_is_true(engine, model, datamodule):
     """Whether the bank is the one that the adapters, as they are now, give."""
     had = model.model.bank.seg.clone()
-    model._bank_is_fresh = model._thresholds_are_set = False
+    model._forget_calibration()
     engine.validate(model, datamodule=datamodule, verbose=False)
     return torch.allclose(had, model.model.bank.seg, atol=1e-6)
 
@@ -463,7 +468,6 @@ def test_a_fit_that_a_callback_stops_is_finished_all_the_same(make, few_shot, en
     runner.fit(model, datamodule=few_shot())
     assert runner.trainer.current_epoch < 10
     saved = torch.load(runner.best_model_path, weights_only=True)
-    assert saved["mvfa"]["bank_is_fresh"]
     assert torch.equal(saved["state_dict"]["model.bank.seg"], model.model.bank.seg)
     assert saved["state_dict"]["model.bank.seg"].numel()
 
@@ -481,7 +485,7 @@ def test_a_model_that_is_fitted_again_forgets_the_first_data(make, two_categorie
     model = make()
     engine().fit(model, datamodule=first)
     engine().fit(model, datamodule=second)
-    settings = {key: model.settings[key] for key in ("class_name", "map_branch", "image_score")}
+    settings = {key: getattr(model.settings, key) for key in ("class_name", "map_branch", "image_score")}
     assert settings == {"class_name": "Chest X-ray film", "map_branch": "det", "image_score": "det_mean"}
     expected = model.model.encode_states("Chest X-ray film")
     torch.testing.assert_close(model.model.text_features, expected)
@@ -492,7 +496,7 @@ def test_testing_without_a_fit_builds_the_bank_of_each_data_set(make, two_catego
     for name, branch in (("Brain", "seg"), ("Chest", "det")):
         data = BMADFewShot(two_categories, name, k_shot=2, num_workers=0)
         engine().test(model, datamodule=data, verbose=False)
-        assert model.settings["map_branch"] == branch
+        assert model.settings.map_branch == branch
         assert getattr(model.model.bank, branch).numel()
 
 
@@ -512,7 +516,7 @@ def test_leave_one_out_prompts_with_the_noun_of_what_is_tested(make, two_categor
     loaded = Mvfa.load_from_checkpoint(runner.best_model_path, visualizer=False)
     other = BMADLeaveOneOut(two_categories, "Chest", ["Brain"], num_workers=0)
     engine().test(loaded, datamodule=other, verbose=False)
-    assert loaded.settings["class_name"] == "Chest X-ray film"
+    assert loaded.settings.class_name == "Chest X-ray film"
     torch.testing.assert_close(loaded.model.text_features, loaded.model.encode_states("Chest X-ray film"))
 
 
@@ -534,7 +538,7 @@ def test_a_checkpoint_with_other_arguments_is_as_if_built_with_them(make, few_sh
     figures = engine().test(loaded, datamodule=few_shot(), verbose=False)[0]
 
     rebuilt = Mvfa.load_from_checkpoint(path, visualizer=False, **changed)
-    rebuilt._bank_is_fresh = rebuilt._thresholds_are_set = False
+    rebuilt._forget_calibration()
     with torch.no_grad():
         rebuilt.model.text_features.fill_(torch.nan)
     assert figures == pytest.approx(engine().test(rebuilt, datamodule=few_shot(), verbose=False)[0], abs=1e-6)
@@ -559,10 +563,10 @@ def test_what_cannot_score_is_not_exported(make, few_shot, engine, two_categorie
 def test_exported_files_hold_no_support_images(make, few_shot, engine, tmp_path):
     model, runner = make(), engine()
     runner.fit(model, datamodule=few_shot())
-    assert model._support
+    assert model.state.support
     path = runner.export(model, "torch", export_root=tmp_path)
-    assert not torch.load(path, weights_only=False)["model"]._support
-    assert model._support
+    assert not torch.load(path, weights_only=False)["model"].state.support
+    assert model.state.support
 
 
 def test_validation_does_not_keep_a_later_fit_from_learning(make, two_categories, engine):

@@ -13,13 +13,15 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from anomalib_mvfa.checkpoint import load_adapters
 from anomalib_mvfa.data.augmentation import VIEWS, view
 from anomalib_mvfa.data.bmad import CATEGORIES
 from anomalib_mvfa.model import backbone
+from anomalib_mvfa.model.build import build_mvfa
+from anomalib_mvfa.model.calibration import SupportBatch, fill_bank, set_ranges
 from anomalib_mvfa.model.fusion import Weights
 from anomalib_mvfa.model.losses import MvfaLoss, dice_loss, focal_loss
-from anomalib_mvfa.model.torch_model import MvfaModel, Scoring, SupportViews
+from anomalib_mvfa.model.torch_model import Scoring
+from anomalib_mvfa.model.weights import load_adapters
 from recipe import MINI, VITL, Clip, adapter_weights, clip_weights, images, lesioned, write_config
 
 FIGURES = Path(__file__).parents[1] / "figures"
@@ -94,7 +96,7 @@ def check_scores(figures: Figures, key: str, model, data: Images, bank: torch.Te
         figures.check(f"{key}/auc_{name}", roc_auc_score(np.ravel(target), score.flatten()), 1e-4)
 
     model.scoring = Scoring(image_score="det_mean")
-    model.memorise([SupportViews(bank, torch.zeros(len(bank)), sources)])
+    fill_bank(model, [SupportBatch(bank, torch.zeros(len(bank)), sources)])
     with torch.no_grad():
         scores = model.branch_scores(model.tokens(data.query), model.text_features)
     zero_map, few_map = model.maps(scores)
@@ -103,7 +105,7 @@ def check_scores(figures: Figures, key: str, model, data: Images, bank: torch.Te
     figures.check(f"{key}/zero_det_sum", levels * scores.zero, tolerance)
     figures.check(f"{key}/few_det_sum", levels * scores.few, tolerance)
 
-    model.calibrate([scores])  # the published fusion: ranges of all that is tested
+    set_ranges(model, [scores])  # the published fusion: ranges of all that is tested
     by_det = model.fuse(scores)
     figures.check(f"{key}/fused_map_minmax", unsquashed(by_det.anomaly_map)[:, ::thin, ::thin], tolerance)
     figures.check(f"{key}/fused_det_minmax", unsquashed(by_det.pred_score), tolerance)
@@ -114,7 +116,7 @@ def check_scores(figures: Figures, key: str, model, data: Images, bank: torch.Te
     by_map = model.fuse(scores._replace(zero=None, few=None))
     check_auc("image_from_map", data.query_label, by_map.pred_score)
 
-    model.scoring = Scoring(image_score="det_mean", weights=Weights(1.0, 0.0), ranged=False)
+    model.scoring = Scoring(image_score="det_mean", weights=Weights(1.0, 0.0), normalised=False)
     zero_shot = model.fuse(scores._replace(distance=None, few=None))
     check_auc("pixel_zero", data.query_mask, zero_shot.anomaly_map)
     check_auc("image_zero_det", data.query_label, zero_shot.pred_score)
@@ -141,7 +143,7 @@ def data() -> Images:
 
 @pytest.fixture(scope="module")
 def mini_model(mini_clip):
-    model = MvfaModel(str(mini_clip.config), str(mini_clip.weights), MINI.image_size)
+    model = build_mvfa(str(mini_clip.config), str(mini_clip.weights), MINI.image_size)
     model.text_features = model.encode_states("Brain")
     return model
 
@@ -231,7 +233,7 @@ def test_vit_l(tmp_path, monkeypatch):
     figures, data = Figures("vitl"), Images(VITL, support=1, queries=1)
     config = write_config(tmp_path / "vitl.json", VITL)
     monkeypatch.setattr(backbone, "_read_weights", lambda *_: clip_weights(VITL))  # spares the disk 2 GB
-    model = MvfaModel(str(config), "not read", VITL.image_size)
+    model = build_mvfa(str(config), "not read", VITL.image_size)
     assert tuple(model.levels) == VITL.levels
     for name, state in adapter_weights(VITL).items():
         getattr(model, name).load_state_dict(state)

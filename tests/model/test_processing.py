@@ -8,7 +8,11 @@ from anomalib.pre_processing import PreProcessor
 from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
-from anomalib_mvfa.model.processing import AntialiasedPreProcessor, ThresholdScaledPostProcessor
+from anomalib_mvfa.model.processing import (
+    AntialiasedPreProcessor,
+    OrderKeepingPostProcessor,
+    ThresholdScaledPostProcessor,
+)
 from recipe import images
 
 SCORES = torch.linspace(0, 1, 401)
@@ -124,3 +128,23 @@ def test_missing_map_stays_missing():
     found = with_thresholds(0.2, 0.2)(InferenceBatch(pred_score=torch.tensor([0.2]), anomaly_map=None))
     assert (found.anomaly_map, found.pred_mask) == (None, None)
     assert found.pred_score.item() == pytest.approx(0.5)
+
+
+def test_order_keeping_keeps_the_order_of_any_scores():
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.cat([torch.randn(1000, generator=generator) * 7 + 30, torch.tensor([-400.0, 900.0])])
+    for low, high, threshold in ((20.0, 40.0, 31.0), (torch.nan, torch.nan, torch.nan), (5.0, 5.0, 5.0)):
+        low, high, threshold = map(torch.tensor, (low, high, threshold))
+        scores = OrderKeepingPostProcessor._normalize(raw.double(), low, high, threshold)
+        assert torch.equal(scores.argsort(), raw.argsort())
+        assert scores.unique().numel() == raw.unique().numel()
+        assert 0 < scores.min() < scores.max() < 1
+        if not threshold.isnan():
+            assert torch.equal(scores > 0.5, raw > threshold)
+    assert OrderKeepingPostProcessor._normalize(None, low, high, threshold) is None
+
+
+def test_order_keeping_without_a_threshold_has_the_middle_of_the_range_at_one_half():
+    low, high, threshold = torch.tensor(2.0), torch.tensor(4.0), torch.tensor(torch.nan)
+    scores = OrderKeepingPostProcessor._normalize(torch.tensor([2.0, 3.0, 4.0]), low, high, threshold)
+    torch.testing.assert_close(scores, torch.tensor([1 / 3, 1 / 2, 2 / 3]))

@@ -44,18 +44,6 @@ def test_full_precision_switches_autocast_off_and_back_on():
         assert (TEXT.T @ TEXT).dtype == torch.bfloat16
 
 
-@pytest.mark.gpu
-def test_full_precision_switches_tf32_off_and_back_on():
-    torch.set_float32_matmul_precision("high")
-    try:
-        tokens, text = TOKENS.repeat(64, 1, 16).cuda(), TEXT.repeat(16, 1).cuda() / 4
-        found = patch_logits(tokens, text)
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert (found.cpu() - by_hand.logits(tokens.cpu(), text.cpu())).abs().max() < 1e-3
-
-
 def test_pooling():
     probability = torch.tensor([[0.1, 0.2, 0.6], [0.9, 0.0, 0.0]])
     assert pool_patches(probability, "mean").tolist() == pytest.approx([0.3, 0.3])

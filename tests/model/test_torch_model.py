@@ -10,9 +10,13 @@ import torch
 from anomalib.data import InferenceBatch
 
 import by_hand
+from anomalib_mvfa.compare.level_maps import level_maps
+from anomalib_mvfa.model.build import build_mvfa
+from anomalib_mvfa.model.calibration import SupportBatch, fill_bank, set_ranges
 from anomalib_mvfa.model.fusion import Weights
 from anomalib_mvfa.model.losses import MvfaLoss
-from anomalib_mvfa.model.torch_model import MvfaModel, Scoring, SupportViews, TrainingOutput
+from anomalib_mvfa.model.prompts import Prompts
+from anomalib_mvfa.model.torch_model import MvfaModel, Scoring, TrainingOutput
 from recipe import TINY, images
 
 SIZE = TINY.image_size
@@ -34,7 +38,7 @@ def build(tiny_config, text):
     """Build a model in eval mode with options of choice."""
 
     def _build(**options) -> MvfaModel:
-        model = MvfaModel(str(tiny_config), None, **{"image_size": SIZE, **options}).eval()
+        model = build_mvfa(str(tiny_config), None, **{"image_size": SIZE, **options}).eval()
         model.text_features.copy_(text)
         return model
 
@@ -119,7 +123,7 @@ def test_size_that_is_no_multiple_of_a_patch(build, size):
     image = images("odd", 2, size)
     assert model.backbone.grid == 4
     assert difference(model.tokens(image).seg, by_hand.tokens(model, image)[0]) < 1e-5
-    model.scoring = Scoring(weights=ZERO_ONLY, ranged=False)
+    model.scoring = Scoring(weights=ZERO_ONLY, normalised=False)
     assert model(image).anomaly_map.shape == (2, size, size)
 
 
@@ -138,7 +142,7 @@ def test_an_abnormal_patch_shows_where_it_is(build):
         image[:, :, 14:28, 28:42] = lesion  # second row, third column of patches
         tokens = model.tokens(image).seg[0][0]
         model.text_features.copy_(torch.nn.functional.normalize(tokens[[1, 1 + 1 * 4 + 2]], dim=1).T)
-        model.scoring = Scoring(weights=ZERO_ONLY, ranged=False)
+        model.scoring = Scoring(weights=ZERO_ONLY, normalised=False)
         heat = model(image).anomaly_map[0]
     spot = (heat > 0.5).nonzero().double()
     # Corners are aligned: patch i of G lies at pixel i (H - 1) / (G - 1).
@@ -161,7 +165,7 @@ def test_levels_are_quarter_points_by_default(tmp_path, depth, quarters):
 
     vision = {**TINY.config["vision_cfg"], "layers": depth}
     config = write_config(tmp_path / "clip.json", TINY._replace(config={**TINY.config, "vision_cfg": vision}))
-    assert MvfaModel(str(config), None, SIZE).levels == quarters
+    assert build_mvfa(str(config), None, SIZE).levels == quarters
 
 
 @pytest.mark.parametrize("levels", [[], [2, 1], [1, 1], [0, 1], [1, 5]])
@@ -304,10 +308,10 @@ def test_backbone_stays_in_eval_mode(build):
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_states_are_encoded_by_the_formula(build, quick):
-    model = build(quick_gelu=quick)
     normal, abnormal = ["{}", "flawless {}"], ["broken {}", "{} with a flaw", "damaged {}"]
     templates = ["a photo of a {}.", "there is the {} in the scene."]
-    found = model.encode_states("liver", normal, abnormal, templates)
+    model = build(quick_gelu=quick, prompts=Prompts(normal, abnormal, templates))
+    found = model.encode_states("liver")
 
     weights = by_hand.weights_of(model.backbone.clip)
     for column, states in enumerate((normal, abnormal)):
@@ -323,12 +327,12 @@ def test_states_are_encoded_by_the_formula(build, quick):
 # ---------------------------------------------------------------------- scores
 
 
-def views(normal: torch.Tensor, abnormal: torch.Tensor | None = None, per_image: int = 2) -> list[SupportViews]:
+def views(normal: torch.Tensor, abnormal: torch.Tensor | None = None, per_image: int = 2) -> list[SupportBatch]:
     """Batches of one view of every image: the images, then their mirror images."""
     image = normal if abnormal is None else torch.cat([normal, abnormal])
     label = torch.tensor([0] * len(normal) + [1] * (len(image) - len(normal)))
     source = [f"{row}.png" for row in range(len(image))]
-    return [SupportViews(image.flip(-1) if index else image, label, source) for index in range(per_image)]
+    return [SupportBatch(image.flip(-1) if index else image, label, source) for index in range(per_image)]
 
 
 NORMAL, ABNORMAL = images("bank/normal", 2, SIZE), images("bank/abnormal", 2, SIZE)
@@ -352,9 +356,9 @@ SCORES = ("map_max", "det_mean", "det_max")
 def test_scores(build, text, options, weights, map_branch, image_score):
     """The whole of scoring, without ranges: by the paper's Eq. 6."""
     model = build(**options)
-    model.scoring = Scoring(map_branch, image_score, weights, ranged=False)
+    model.scoring = Scoring(map_branch, image_score, weights, normalised=False)
     if weights.few:
-        model.memorise(views(NORMAL, ABNORMAL))
+        fill_bank(model, views(NORMAL, ABNORMAL))
     with torch.no_grad():
         found = model(IMAGES)
     assert isinstance(found, InferenceBatch)
@@ -384,8 +388,8 @@ def test_level_maps(build, text, weights, map_branch):
     """Those of the scored levels, each by itself, brought to one scale by the ranges of all."""
     model = build(score_levels=[1, 2, 4])
     model.scoring = Scoring(map_branch, "map_max", weights)
-    model.calibrate(model.memorise(views(NORMAL, ABNORMAL)))
-    found = model.level_maps(IMAGES)
+    set_ranges(model, fill_bank(model, views(NORMAL, ABNORMAL)))
+    found = level_maps(model, IMAGES)
     assert found.shape == (3, 3, SIZE, SIZE)
 
     branch, ranges = {"seg": 0, "det": 1}[map_branch], model.ranges[0].double()
@@ -401,16 +405,16 @@ def test_level_maps(build, text, weights, map_branch):
 
 def test_the_map_of_one_level_is_the_map(build):
     model = build(score_levels=[3])
-    model.calibrate(model.memorise(views(NORMAL, ABNORMAL)))
+    set_ranges(model, fill_bank(model, views(NORMAL, ABNORMAL)))
     with torch.no_grad():
-        assert torch.equal(model.level_maps(IMAGES)[:, 0], model(IMAGES).anomaly_map)
+        assert torch.equal(level_maps(model, IMAGES)[:, 0], model(IMAGES).anomaly_map)
 
 
 def test_image_scores_are_three_different_things(build):
     model, found = build(), []
     for image_score in SCORES:
-        model.scoring = Scoring("seg", image_score, BOTH, ranged=False)
-        model.memorise(views(NORMAL))
+        model.scoring = Scoring("seg", image_score, BOTH, normalised=False)
+        fill_bank(model, views(NORMAL))
         with torch.no_grad():
             found.append(model(IMAGES).pred_score)
     assert all((found[one] - found[other]).abs().min() > 1e-3 for one, other in ((0, 1), (0, 2), (1, 2)))
@@ -421,7 +425,7 @@ def test_image_scores_are_three_different_things(build):
 def test_one_image_scores_as_in_a_batch(build, image_score):
     model = build()
     model.scoring = Scoring("seg", image_score, BOTH)
-    model.calibrate(model.memorise(views(NORMAL, ABNORMAL)))
+    set_ranges(model, fill_bank(model, views(NORMAL, ABNORMAL)))
     together = model(IMAGES)
     for row in range(len(IMAGES)):
         alone = model(IMAGES[row : row + 1])
@@ -444,7 +448,7 @@ def support(build):
 def test_own_views_are_left_out(support, text):
     """A normal support image is compared with the other's views, an abnormal one with all normal ones."""
     model, ((seg, det), (seg_flipped, det_flipped)) = support
-    scores = model.memorise(views(NORMAL, ABNORMAL))
+    scores = fill_bank(model, views(NORMAL, ABNORMAL))
     assert len(scores) == 4
     for image, others in enumerate([[1], [0], [0, 1], [0, 1]]):
         one = slice(image, image + 1)
@@ -462,7 +466,7 @@ def test_own_views_are_left_out(support, text):
 def test_one_normal_image_is_compared_with_its_other_views(support, caplog):
     model, ((seg, _), (flipped, _)) = support
     with caplog.at_level(logging.WARNING, logger="anomalib.mvfa"):
-        scores = model.memorise(views(NORMAL[:1], ABNORMAL[:1]))
+        scores = fill_bank(model, views(NORMAL[:1], ABNORMAL[:1]))
     assert "One normal support image" in caplog.text
     own = sum(by_hand.distances(a[:1], b[:1]) for a, b in zip(seg, flipped, strict=True)) / 4
     assert (scores[0].distance - own).abs().max() < 1e-6
@@ -474,20 +478,20 @@ def test_one_normal_image_is_compared_with_its_other_views(support, caplog):
 def test_two_normal_images_draw_no_warning(support, caplog):
     model, _ = support
     with caplog.at_level(logging.WARNING, logger="anomalib.mvfa"):
-        model.memorise(views(NORMAL, ABNORMAL))
+        fill_bank(model, views(NORMAL, ABNORMAL))
     assert caplog.text == ""
 
 
 def test_batches_of_views_may_be_cut_anywhere(support):
     model, _ = support
-    whole = model.memorise(views(NORMAL, ABNORMAL))
+    whole = fill_bank(model, views(NORMAL, ABNORMAL))
     bank = model.bank.seg.clone()
     singles = [
-        SupportViews(batch.image[row : row + 1], batch.label[row : row + 1], batch.source[row : row + 1])
+        SupportBatch(batch.image[row : row + 1], batch.label[row : row + 1], batch.source[row : row + 1])
         for batch in views(NORMAL, ABNORMAL)
         for row in range(4)
     ]
-    cut = model.memorise(singles)
+    cut = fill_bank(model, singles)
     assert torch.allclose(model.bank.seg, bank, atol=1e-6)
     for one, other in zip(whole, cut, strict=True):
         assert torch.allclose(one.distance, other.distance, atol=1e-6)
@@ -500,18 +504,18 @@ def test_batches_of_views_may_be_cut_anywhere(support):
 def test_bank_holds_normal_tokens_of_branches_in_use(build, map_branch, image_score, stored):
     model = build(score_levels=[2, 3, 4])
     model.scoring = Scoring(map_branch, image_score, BOTH)
-    model.memorise(views(NORMAL, ABNORMAL))
+    fill_bank(model, views(NORMAL, ABNORMAL))
     rows = (3, 4 * 17, TINY.config["embed_dim"])  # levels, tokens of views of normal images
     for bank, is_stored in zip((model.bank.seg, model.bank.det), stored, strict=True):
         assert bank.shape == (rows if is_stored else (0,))
-    model.memorise(views(NORMAL[:1], per_image=3))
+    fill_bank(model, views(NORMAL[:1], per_image=3))
     rows = getattr(model.bank, map_branch)
     assert rows.shape == (3, 3 * 17, TINY.config["embed_dim"]), "the old rows are still there"
 
 
 def test_support_without_normal_image_is_refused(build):
     with pytest.raises(ValueError, match="holds no normal image"):
-        build().memorise([SupportViews(ABNORMAL, torch.ones(2), ["a", "b"])])
+        fill_bank(build(), [SupportBatch(ABNORMAL, torch.ones(2), ["a", "b"])])
 
 
 def test_empty_bank_is_refused(build):
@@ -522,9 +526,9 @@ def test_empty_bank_is_refused(build):
 def test_ranges_are_the_extremes(build):
     model = build()
     model.scoring = Scoring("seg", "det_mean", BOTH)
-    scores = model.memorise(views(NORMAL, ABNORMAL))
+    scores = fill_bank(model, views(NORMAL, ABNORMAL))
     assert model.ranges.isnan().all()
-    model.calibrate(scores)
+    set_ranges(model, scores)
     maps = [torch.cat(each) for each in zip(*(model.maps(one) for one in scores), strict=True)]
     zero, few = torch.cat([one.zero for one in scores]), torch.cat([one.few for one in scores])
     for of, (one, other) in enumerate([maps, (zero, few)]):
@@ -535,7 +539,7 @@ def test_ranges_are_the_extremes(build):
 
 def test_ranges_of_map_max_do_not_need_det(build):
     model = build()
-    model.calibrate(model.memorise(views(NORMAL, ABNORMAL)))
+    set_ranges(model, fill_bank(model, views(NORMAL, ABNORMAL)))
     assert model.bank.det.numel() == 0
     with torch.no_grad():
         found = model(IMAGES)
@@ -547,7 +551,7 @@ def test_calibrated_fusion(build, image_score):
     """Map and image score are fused by their own ranges."""
     model = build()
     model.scoring = Scoring("seg", image_score, UNEQUAL)
-    model.calibrate(model.memorise(views(NORMAL, ABNORMAL)))
+    set_ranges(model, fill_bank(model, views(NORMAL, ABNORMAL)))
     with torch.no_grad():
         scores = model.branch_scores(model.tokens(IMAGES), model.text_features)
         found = model(IMAGES)
@@ -566,7 +570,7 @@ def test_calibrated_fusion(build, image_score):
 def test_model_without_ranges_scores_nothing(build):
     """A forgotten calibration shows: scores are NaN, not wrong."""
     model = build()
-    model.memorise(views(NORMAL))
+    fill_bank(model, views(NORMAL))
     with torch.no_grad():
         assert model(IMAGES).pred_score.isnan().all()
 
@@ -576,7 +580,7 @@ def test_state_dict_brings_bank_ranges_and_texts(build):
     one, other = build(), build(seed=1)
     for model in (one, other):
         model.scoring = Scoring("seg", "det_mean", BOTH)
-    one.calibrate(one.memorise(views(NORMAL, ABNORMAL)))
+    set_ranges(one, fill_bank(one, views(NORMAL, ABNORMAL)))
     other.load_state_dict(one.state_dict())
     with torch.no_grad():
         assert torch.equal(one(IMAGES).anomaly_map, other(IMAGES).anomaly_map)

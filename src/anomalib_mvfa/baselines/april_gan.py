@@ -81,7 +81,7 @@ class AprilGan(LightningMixin, AnomalibModule):
         backbone: Name of an open_clip model with a plain vision transformer, or path of a model config in open_clip's
             JSON form. The environment variable ``ANOMALIB_MVFA_BACKBONE`` sets the default.
         pretrained: Tag of open_clip; or path of a weight file in OpenAI's or open_clip's form (.pt state dict,
-            TorchScript archive, safetensors); or None for seeded random weights. ``ANOMALIB_MVFA_PRETRAINED`` sets the
+            safetensors); or None for seeded random weights. ``ANOMALIB_MVFA_PRETRAINED`` sets the
             default ("null" for None).
         image_size: Height and width in pixels to which images are squashed.
         levels: Blocks (from 1) with linear layers; the quarter points by default.

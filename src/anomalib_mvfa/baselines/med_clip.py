@@ -25,7 +25,7 @@ from ..model.anomaly_map import to_grid, upsample
 from ..model.lightning_mixin import CALIBRATIONS, DEFAULT_PRETRAINED, check_numbers, int_list, optional_text
 from ..model.memory_bank import MemoryBank, nearest_distance
 from ..model.torch_model import check_choice
-from ..model.weight_files import RANDOM_SEED, State, fingerprint, first_line, load_state, read_state
+from ..model.weights import RANDOM_SEED, State, fingerprint, first_line, load_state, read_state
 from .clip import ClipModel, FrozenMixin
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares

@@ -21,10 +21,10 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, max_pool2d
 from torchvision.models import get_model
 
-from ..callbacks import beside
-from ..evaluation import OrderKeepingPostProcessor, metrics
+from ..callbacks import default_callbacks
+from ..metrics.evaluator import default_evaluator
 from ..model.lightning_mixin import DEFAULT_PRETRAINED, ONNX_OPSET, check_numbers, plan_epochs
-from ..model.processing import AntialiasedPreProcessor
+from ..model.processing import AntialiasedPreProcessor, OrderKeepingPostProcessor
 from ..model.torch_model import check_choice
 
 BACKBONES = ("vgg11", "vgg13", "vgg16", "vgg19")
@@ -234,7 +234,7 @@ class Mkd(AnomalibModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return anomalib's callbacks, and ours."""
-        return beside(super().configure_callbacks())
+        return default_callbacks(super().configure_callbacks())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam over the student."""
@@ -282,5 +282,5 @@ class Mkd(AnomalibModule):
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """Return the metrics of :func:`anomalib_mvfa.evaluation.metrics`."""
-        return metrics()
+        """Return the metrics of :func:`anomalib_mvfa.metrics.evaluator.default_evaluator`."""
+        return default_evaluator()

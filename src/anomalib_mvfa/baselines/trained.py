@@ -21,12 +21,12 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.v2.functional import normalize
 
-from ..callbacks import beside
+from ..callbacks import default_callbacks
 from ..contract import DataFacts, dataset_of, describe
-from ..evaluation import OrderKeepingPostProcessor, metrics
+from ..metrics.evaluator import default_evaluator
 from ..model.lightning_mixin import ONNX_OPSET, plan_epochs
-from ..model.processing import AntialiasedPreProcessor
-from ..model.weight_files import first_line
+from ..model.processing import AntialiasedPreProcessor, OrderKeepingPostProcessor
+from ..model.weights import first_line
 
 if TYPE_CHECKING:
     _Host = AnomalibModule
@@ -135,7 +135,7 @@ class TrainedMixin(_Host):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return anomalib's callbacks, and ours."""
-        return beside(super().configure_callbacks())
+        return default_callbacks(super().configure_callbacks())
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -159,8 +159,8 @@ class TrainedMixin(_Host):
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """Return the metrics of :func:`anomalib_mvfa.evaluation.metrics`."""
-        return metrics()
+        """Return the metrics of :func:`anomalib_mvfa.metrics.evaluator.default_evaluator`."""
+        return default_evaluator()
 
     @classmethod
     def configure_visualizer(cls) -> ImageVisualizer:

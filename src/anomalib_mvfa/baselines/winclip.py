@@ -21,7 +21,7 @@ from anomalib.visualization import Visualizer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..contract import DEFAULT_CLASS_NAME, noun_of
+from ..contract import DEFAULT_CLASS_NAME, class_name_of_data
 from ..data.support import support_of
 from ..model.backbone import ClipBackbone
 from ..model.lightning_mixin import optional_text
@@ -89,7 +89,7 @@ class WinClipBaseline(WinClip):
         return getattr(self._trainer, "datamodule", None)
 
     def _get_class_name(self) -> str:
-        return self.class_name or noun_of(self._datamodule) or DEFAULT_CLASS_NAME
+        return self.class_name or class_name_of_data(self._datamodule) or DEFAULT_CLASS_NAME
 
     def collect_reference_images(self, dataloader: DataLoader) -> torch.Tensor:
         """Return reference images ``(K, 3, H, W)``, processed as images to be scored are."""

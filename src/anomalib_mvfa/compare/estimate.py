@@ -22,8 +22,8 @@ class Estimate:
     """Seconds that jobs may take.
 
     Args:
-        jobs: Of the comparison.
-        run: Its folder; what has finished there is learnt from.
+        jobs: Jobs of the comparison.
+        run: Folder of the run; the jobs that have finished there are learnt from.
         probe: Time a forward pass of methods of which no job has finished.
     """
 

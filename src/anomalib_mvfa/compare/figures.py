@@ -18,13 +18,13 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 SIDE = 160
-"""Of a picture, in pixels."""
+"""Height and width of an image in pixels."""
 JPEG_QUALITY = 82
 OUTLINE = (64, 224, 255)
-"""Of the ground truth: a colour that neither the images nor the maps have."""
+"""Colour of the ground truth's outline, which neither the images nor the maps have."""
 MAP_COLOURS = "inferno"
 MAP_SHARE = 0.72
-"""Of the colours in a map's picture; the rest is the image beneath, which shows where one is."""
+"""Share of the map's colours where a map is laid over its image."""
 
 SERIES = 8
 """Colours that the page defines, ``--series-0`` and so on."""
@@ -98,9 +98,9 @@ class Series:
 
     Args:
         index: Tells colours and markers apart.
-        points: By K.
-        spreads: By K, of points that have one.
-        constant: Of a method without shots, in place of points.
+        points: Values by K.
+        spreads: Spreads by K, of points that have one.
+        constant: Value of a method without shots, in place of points.
         paper: The paper's points, by K.
     """
 
@@ -116,7 +116,7 @@ def shots_chart(series: Sequence[Series], name: str) -> str:
 
     Args:
         series: Methods.
-        name: Of the chart in the page, which its identifiers begin with.
+        name: Name of the chart in the HTML report, which its identifiers begin with.
     """
     shots = sorted({k for one in series for k in (*one.points, *one.paper)})
     edges = np.log2(shots[0]) - 0.15, np.log2(shots[-1]) + 0.15

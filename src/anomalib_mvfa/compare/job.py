@@ -27,11 +27,13 @@ from torch.nn.functional import interpolate
 
 from ..data.reading import read_image, read_mask
 from ..data.support import draw
-from ..evaluation import OrderKeepingPostProcessor, metrics
-from ..intervals import ScoreRecorder
+from ..io import commit, dataset_digest, device_name, versions
 from ..memory import ADVICE, is_out_of_memory, return_freed_memory, return_large_blocks
+from ..metrics.bootstrap import ScoreRecorder
+from ..metrics.evaluator import default_evaluator
+from ..model.processing import OrderKeepingPostProcessor
 from ..model.torch_model import MvfaModel
-from ..provenance import commit, device_name, fingerprint, versions
+from .level_maps import level_maps
 from .plan import Job
 from .results import Features, Pictures, Row, write_row, writing
 from .weights import build_model
@@ -39,11 +41,11 @@ from .weights import build_model
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 SIDE = 160
-"""Of pictures, in pixels."""
+"""Height and width of saved images and maps in pixels."""
 PICTURED = {LabelName.NORMAL: 1, LabelName.ABNORMAL: 3}
-"""How many test images of a kind the report shows."""
+"""How many normal and abnormal test images the report shows."""
 FEATURE_IMAGES = 50
-"""How many test images of a kind give features."""
+"""How many normal, and how many abnormal test images give features."""
 
 
 class CompareJob(PipelineJob):
@@ -62,7 +64,7 @@ class CompareJob(PipelineJob):
         self.commit = commit()
 
     def run(self, task_id: int | None = None) -> Row:
-        """Do it; a failure is a row too.
+        """Run the job; a failure gives a row too.
 
         Args:
             task_id: Index of the GPU, by default the first that there is.
@@ -82,7 +84,7 @@ class CompareJob(PipelineJob):
 
     @staticmethod
     def collect(results: Sequence[Row]) -> DataFrame:
-        """Return a table with a line for every row."""
+        """Return a table with one line per job."""
         return DataFrame([asdict(row) for row in results])
 
     @staticmethod
@@ -108,7 +110,7 @@ def _train_and_test(job: Job, folder: Path, gpu: int | None) -> Row:
     datamodule = job.datamodule()
     model, origin = build_model(job.method.model, job.weights, **job_arguments(job, datamodule))
     model.post_processor = OrderKeepingPostProcessor()
-    model.evaluator = metrics()
+    model.evaluator = default_evaluator()
     model.visualizer = None
 
     watch, recorder, pictures = Stopwatch(), ScoreRecorder(), PictureRecorder()
@@ -136,7 +138,7 @@ def _train_and_test(job: Job, folder: Path, gpu: int | None) -> Row:
     row.metrics = {name: float(value) for name, value in tested.items() if name.startswith(("image_", "pixel_"))}
     parts = {"train": "train_data", "validate": "val_data", "test": "test_data"}
     row.images = {name: len(getattr(datamodule, part, ())) for name, part in parts.items()}
-    row.train_set, row.test_set = fingerprint(datamodule.train_data), fingerprint(datamodule.test_data)
+    row.train_set, row.test_set = dataset_digest(datamodule.train_data), dataset_digest(datamodule.test_data)
     row.random_weights, row.weights = origin.is_random, origin.name
     row.seconds = {
         "job": time.perf_counter() - start,
@@ -224,7 +226,7 @@ class _Chosen(Callback, ABC):
     """Does something with some test images, the same ones for every method.
 
     Args:
-        counts: How many images of a kind.
+        counts: How many normal and abnormal images.
     """
 
     def __init__(self, counts: dict[LabelName, int]) -> None:
@@ -279,11 +281,11 @@ class PictureRecorder(_Chosen):
             self._maps.update(zip(paths, maps[:, 0], strict=True))
         if isinstance(model, MvfaModel):
             self._levels = model.scored_levels
-            level_maps = _small(model.level_maps(torch.as_tensor(batch.image)[rows]))
-            self._level_maps.update(zip(paths, level_maps, strict=True))
+            by_level = _small(level_maps(model, torch.as_tensor(batch.image)[rows]))
+            self._level_maps.update(zip(paths, by_level, strict=True))
 
     def result(self, samples: DataFrame) -> Pictures | None:
-        """Return the pictures; None where the model has made no map.
+        """Return the saved images; None where the model has made no map.
 
         Args:
             samples: Anomalib's table of the test images.

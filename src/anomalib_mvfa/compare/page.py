@@ -33,9 +33,9 @@ from .summary import (
 
 TEMPLATE = "report.html.jinja"
 SHOWN_K = 4
-"""K of pictures, as in the paper's figures; the largest one where there is none of 4."""
+"""K of the images, as in the paper's figures; the largest one where there is none of 4."""
 SHOWN_IMAGES = (4, 2)
-"""Of a category, at most: abnormal and normal ones."""
+"""How many abnormal and normal images of a category are shown at most."""
 LEVEL_IMAGES = (2, 0)
 SECONDS = ((3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"))
 COUNTS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -43,12 +43,12 @@ COUNTS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 @dataclass
 class Tile:
-    """A picture of a strip.
+    """An image of a strip.
 
     Args:
         caption: What it shows.
         alt: The same for those who do not see it.
-        picture: Data URI; None where there is no picture.
+        picture: Data URI; None where there is no image.
     """
 
     caption: str
@@ -84,11 +84,11 @@ def render(
     """Return the page.
 
     Args:
-        run: Folder of the run, for pictures and features.
+        run: Folder of the run, for images and features.
         outcome: What was compared.
         summaries: The cells.
         paper: Figures to put beside.
-        resamples: Of the intervals.
+        resamples: Number of resamples behind the intervals.
     """
     each_k = [k for k in shots(summaries) if k is not None]
     shown_k = SHOWN_K if SHOWN_K in each_k else max(each_k, default=None)
@@ -176,7 +176,7 @@ def notices(outcome: Outcome, summaries: Sequence[Summary]) -> dict[str, str]:
     if random:
         which = "All jobs" if random == len(outcome.rows) else f"{random} of {len(outcome.rows)} jobs"
         found["random"] = (
-            f"{which} (marked †) had a stand-in with random weights in place of the backbone. Their scores mean "
+            f"{which} (marked †) had a backbone with random weights. Their scores mean "
             "nothing clinically, and are neither ranked with others nor put beside figures of the paper."
         )
     unlike = unlike_categories(summaries, outcome)
@@ -375,7 +375,7 @@ def _levels(row: Row, pictures: Pictures, index: int) -> Strip:
 
 
 def _scatters(run: Path, outcome: Outcome, shown_k: int | None) -> list[dict[str, Any]]:
-    """Return t-SNE plots of frozen and adapted features, of data with enough images of both kinds."""
+    """Return t-SNE plots of frozen and adapted features, of data with enough normal and abnormal images."""
     scatters: list[dict[str, Any]] = []
     for category in outcome.categories:
         for rows in _shown(outcome, category, shown_k):
@@ -403,7 +403,7 @@ def _scatters(run: Path, outcome: Outcome, shown_k: int | None) -> list[dict[str
 
 
 def _spread_out(features: Features) -> bool:
-    """Whether there is something to see: enough images, of both kinds, and features that differ."""
+    """Whether there is something to see: enough normal and abnormal images, and features that differ."""
     both = len(np.unique(features.labels.astype(bool))) == len(figures.KINDS)
     differ = all(
         np.isfinite(values).all() and np.ptp(values, axis=0).any() for values in (features.frozen, features.adapted)

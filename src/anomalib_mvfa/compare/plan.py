@@ -15,8 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from ..data.protocols import FewShot, FullNormal, LeaveOneOut, _Protocol, checked_pattern
-from ..files import written_whole
-from ..provenance import content_of
+from ..io import atomic_write, file_digest
 from .paper import paper_table
 from .results import Row, read_row
 
@@ -87,16 +86,16 @@ class Comparison:
     """Methods to compare, each under its own protocol, on the same test images.
 
     Args:
-        methods: By the name that tables give them.
+        methods: Methods by the name that tables give them.
         data: Anomalib's mapping of a datamodule, ``class_path`` and ``init_args``, or a list of such. Its
             ``eval_batch_size`` and ``num_workers`` hold for every protocol.
         categories: Categories of these data to test; every one is a copy of the mapping with this ``category``.
         k_shots: Numbers of support images K for the protocols that have them.
-        seeds: One job each; of draws, orders and initial weights.
-        weights: Of a method's frozen backbone: a file, or null for seeded random weights. Methods that are not named
+        seeds: Seeds of draws, orders and initial weights; one job per seed.
+        weights: A file for a method's frozen backbone, or null for seeded random weights. Methods that are not named
             load what their model loads by itself.
         support_list: Support in the published form, see :class:`~anomalib_mvfa.data.protocols.FewShot`.
-        group_by: Regular expression that names a patient, say, see the same.
+        group_by: Regular expression that names a patient, say; see the same class.
         title: Heading of the report.
         paper: Table of the paper whose figures stand beside: "table1" to "table5" or "figure3".
         accelerator: Lightning's.
@@ -174,7 +173,7 @@ class Comparison:
 
     def save(self, path: Path) -> None:
         """Write a YAML file, complete or not at all."""
-        with written_whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True), "utf-8")
 
     def sources(self) -> dict[str, dict[str, Any]]:
@@ -234,13 +233,13 @@ class Job:
     """One method on one category, with one K and one seed.
 
     Args:
-        name: Of the method.
+        name: Name of the method.
         method: The method.
         category: What is tested.
         sources: Mappings of all categories' datamodules; leave-one-out learns from the others.
         k_shot: K, None where the protocol has no shots.
         split_shots: K of the support that is left out of validation and test.
-        seed: Of everything.
+        seed: Seed of draws, orders and initial weights.
         weights: File of the backbone's weights, None for random ones, or `MODEL_DEFAULT`.
         support_list: As of the comparison, like the next two.
         group_by: Names a patient, say.
@@ -280,7 +279,7 @@ class Job:
             del asked[name]
         del asked["method"]["categories"]  # of which this job is one
         if self.weights not in {None, MODEL_DEFAULT} and (file := Path(str(self.weights))).is_file():
-            asked["weights_content"] = content_of(str(file))
+            asked["weights_content"] = file_digest(str(file))
         return json.loads(json.dumps(asked, default=str))
 
     @property

@@ -1,4 +1,4 @@
-"""A report of a comparison: one self-contained page, its tables in Markdown, and a line a job as CSV."""
+"""A report of a comparison: a self-contained HTML file, tables in Markdown, and a CSV file with one line per job."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from jsonargparse import ArgumentParser
 
-from ..files import written_whole
+from ..io import atomic_write
 from .page import facts, notices, percent, protocol, render
 from .paper import PaperTable, paper_table
 from .results import Row
@@ -20,14 +20,14 @@ RANKED = {1: "**{}**", 2: "<u>{}</u>"}
 
 
 def report(run: Path, resamples: int = 1000) -> Path:
-    """Write index.html, results.md and results.csv to ``RUN/report``, each whole or not at all.
+    """Write index.html, results.md and results.csv to ``RUN/report``, each by an atomic write.
 
     Args:
         run: Folder of a comparison, see :mod:`anomalib_mvfa.compare.results`.
-        resamples: Of the bootstrap over test images.
+        resamples: Number of resamples of the bootstrap over test images.
 
     Returns:
-        Path of the page.
+        Path of the HTML report.
 
     Raises:
         FileNotFoundError: There is no such folder, or it holds no outcome.
@@ -47,23 +47,25 @@ def report(run: Path, resamples: int = 1000) -> Path:
     }
     folder = run / "report"
     for name, text in files.items():
-        with written_whole(folder / name) as partial:
+        with atomic_write(folder / name) as partial:
             partial.write_text(text, "utf-8", errors="backslashreplace")  # names of files may be no text
     return folder / "index.html"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Parse the command line, and report.
+    """Parse the command line, and write the report.
 
     Args:
-        arguments: Of the command line.
+        arguments: Arguments of the command line.
 
     Returns:
         Exit code.
     """
     parser = ArgumentParser(prog="anomalib-mvfa report", description="Write a comparison's report anew.")
     parser.add_argument("run", type=Path, help="Folder that `compare` wrote.")
-    parser.add_argument("--resamples", type=int, default=1000, help="Of the bootstrap over test images.")
+    parser.add_argument(
+        "--resamples", type=int, default=1000, help="Number of resamples of the bootstrap over test images."
+    )
     options = parser.parse_args(list(arguments))
     try:
         page = report(options.run, options.resamples)

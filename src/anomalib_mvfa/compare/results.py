@@ -1,10 +1,10 @@
-"""What a comparison leaves behind: one folder a job, complete or not there at all.
+"""What a comparison leaves behind: one folder per job, written atomically.
 
 .. code-block:: text
 
     RUN/config.yaml              the comparison, as it was asked for last
     RUN/jobs/<job>/row.json      the job's row; the last file that is written
-    RUN/jobs/<job>/scores.npz    what every test image scored, see `anomalib_mvfa.intervals.Scores`
+    RUN/jobs/<job>/scores.npz    what every test image scored, see `anomalib_mvfa.metrics.bootstrap.Scores`
     RUN/jobs/<job>/pictures.npz  some test images and their maps, see `Pictures`
     RUN/jobs/<job>/features.npz  features with and without adapters, see `Features`; of MVFA only
     RUN/jobs/<job>/error.txt     the traceback of a job that failed
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import read_arrays, room_for
+from ..io import explain_full_disk, read_arrays
 
 
 @dataclass
@@ -34,9 +34,9 @@ class Row:
         protocol: What it learns from: "full_normal", "few_normal", "few_shot", "leave_one_out" or "zero_shot".
         category: What is tested.
         k_shot: K, or None where the protocol has no shots.
-        seed: Of draws, orders and initial weights.
+        seed: Seed of draws, orders and initial weights.
         job: Name of the job's folder.
-        digest: Of all that the job was asked to do; a job with another digest is another job.
+        digest: Digest of the job's configuration; a job with another digest is another job.
         config: The same in full.
         error: What went wrong, in one line; None for a finished job.
         metrics: Values in [0, 1] by anomalib's names, such as "image_AUROC"; no pixel metrics without masks.
@@ -50,8 +50,8 @@ class Row:
         parameters: "all" of the model's, and those "trained".
         memory_mb: Largest memory of the process (CPU) or on the device (GPU) while the job ran, in 2**20 bytes.
         device: Name of the device.
-        commit: Of this package, where it runs from a checkout.
-        versions: Of the packages that numbers depend on.
+        commit: Commit of this package, where it runs from a checkout.
+        versions: Versions of the packages that results depend on.
         date: When the job ended (ISO 8601).
     """
 
@@ -86,7 +86,7 @@ class Pictures:
     Axes: M images, S side in pixels, l levels.
 
     Args:
-        paths: Of the images (M,).
+        paths: Paths of the images (M,).
         labels: 1 where abnormal (M,).
         images: 8-bit RGB ``(M, S, S, 3)``.
         masks: 8-bit, above 0 where abnormal ``(M, S, S)``; None for data without masks.
@@ -122,8 +122,8 @@ class Features:
 
     Args:
         labels: 1 where abnormal (N,).
-        frozen: Of the frozen image tower ``(N, l * D)``.
-        adapted: Of the trained adapters ``(N, l * E)``.
+        frozen: Features of the frozen image tower ``(N, l * D)``.
+        adapted: Features of the trained adapters ``(N, l * E)``.
     """
 
     labels: np.ndarray
@@ -170,12 +170,12 @@ def read_rows(run: Path) -> list[Row]:
 
 @contextmanager
 def writing(run: Path, job: str) -> Iterator[Path]:
-    """Give a folder to write a job's files in; it takes the job's place once all of it is there."""
+    """Yield a folder for a job's files; it replaces the job's folder once it is complete."""
     partial = job_folder(run, f".{job}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     target = job_folder(run, job)
     try:
-        with room_for(target):
+        with explain_full_disk(target):
             partial.mkdir(parents=True)
             yield partial
         if target.exists():
@@ -186,7 +186,7 @@ def writing(run: Path, job: str) -> Iterator[Path]:
 
 
 def supersede(run: Path, row: Row) -> None:
-    """Put a job's folder aside, for a job of the same name that asks for something else."""
+    """Move a job's folder away, for a job of the same name with another configuration."""
     target = run / "superseded" / f"{row.job}-{row.digest[:8]}"
     target.parent.mkdir(exist_ok=True)
     shutil.rmtree(target, ignore_errors=True)

@@ -21,8 +21,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..files import room_for
-from ..provenance import commit
+from ..io import commit, explain_full_disk
 from .estimate import Estimate, duration
 from .job import CompareJob, write_failure
 from .plan import Comparison, Job
@@ -47,7 +46,7 @@ def compare(comparison: Comparison, output: Path, workers: int | None = None) ->
     """Run the jobs of a comparison that have not finished yet; :func:`~anomalib_mvfa.compare.report.report` shows them.
 
     A job that has finished is never run again; one that has failed is, and so is one that asks for something else now,
-    whose earlier results are put aside.
+    whose earlier results are moved away.
 
     Args:
         comparison: What to compare.
@@ -94,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
     """Parse the command line, and run or list a comparison.
 
     Args:
-        arguments: Of the command line.
+        arguments: Arguments of the command line.
 
     Returns:
         Exit code: 0 if every job has finished, 1 if one has failed, 130 after an interrupt.
@@ -105,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--config", type=Path, required=True, help="YAML file of a comparison, see configs/compare.")
     for name, kind in OVERRIDES.items():
-        parser.add_argument(f"--{name}", type=kind, default=None, help="In place of the file's.")
+        parser.add_argument(f"--{name}", type=kind, default=None, help="Replaces the value in the file.")
     parser.add_argument(
         "--output", type=Path, default=None, help="Folder of the results; by default named by the file."
     )
@@ -231,7 +230,7 @@ class _Worker:
 
     Args:
         gpu: Index of its GPU, if it has one.
-        threads: Of computations on the processor.
+        threads: Number of threads of computations on the processor.
     """
 
     def __init__(self, gpu: int | None, threads: int) -> None:
@@ -240,7 +239,7 @@ class _Worker:
         self._pool: ProcessPoolExecutor | None = None
 
     def do(self, job: Job, run: Path) -> Row:
-        """Do a job; return its row."""
+        """Run a job; return its row."""
         if self._pool is None:
             start = (os.getpid(), self._threads)
             self._pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_prepare, initargs=start)
@@ -248,7 +247,7 @@ class _Worker:
             return self._pool.submit(_logged, CompareJob(job, run), self._gpu).result()
         except BrokenProcessPool:
             self._pool = None
-            msg = f"The job's process died, perhaps for want of memory. See logs/{job.folder}.log and the system's log."
+            msg = f"The job's process died, perhaps out of memory. See logs/{job.folder}.log and the system's log."
             return write_failure(job, run, RuntimeError(msg))
 
     def end(self) -> None:
@@ -268,7 +267,7 @@ def _logged(job: CompareJob, gpu: int | None) -> Row:
     """Run a job, and keep what it prints, down to the libraries below Python, in a log of its own."""
     path = job.folder / "logs" / f"{job.job.folder}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with room_for(path), path.open("w") as log:
+    with explain_full_disk(path), path.open("w") as log:
         saved = [os.dup(stream) for stream in STREAMS]
         try:
             for stream in STREAMS:

@@ -14,7 +14,7 @@ import yaml
 
 from ..data.bmad import CATEGORIES
 from ..data.support import group_of
-from ..intervals import Scores, bootstrap
+from ..metrics.bootstrap import Scores, bootstrap
 from .paper import PaperTable
 from .results import Row, job_folder, read_rows
 
@@ -42,13 +42,13 @@ class Outcome:
     """What a run was asked for, and the jobs of it that have ended.
 
     Args:
-        title: Of the outcome.
+        title: Heading of the report.
         paper: Name of a table of the paper, or None.
         methods: Settings by name, in the order of tables.
         categories: In the order of tables.
         k_shots: Each K that was asked for.
-        seeds: That were asked for.
-        group_by: See :func:`~anomalib_mvfa.intervals.bootstrap`.
+        seeds: Each seed that was asked for.
+        group_by: See :func:`~anomalib_mvfa.metrics.bootstrap.bootstrap`.
         rows: Finished jobs, in the order of tables.
         failed: Failed jobs, likewise.
         only: Categories of methods that are not for all, by method.
@@ -90,7 +90,7 @@ class Summary:
         protocol: What it learns from.
         category: What was tested.
         k_shot: K, or None where the protocol has no shots.
-        rows: The finished jobs, one a seed.
+        rows: The finished jobs, one per seed.
         figures: By metric.
         images: How many test images are "normal" and "abnormal", and from how many "groups"; empty without scores.
     """
@@ -238,8 +238,8 @@ def summarise(run: Path, rows: Sequence[Row], group_by: str | None = None, resam
     Args:
         run: Folder of the run, which has the scores of each job.
         rows: Finished jobs.
-        group_by: See :func:`~anomalib_mvfa.intervals.bootstrap`.
-        resamples: Of the bootstrap.
+        group_by: See :func:`~anomalib_mvfa.metrics.bootstrap.bootstrap`.
+        resamples: Number of resamples of the bootstrap.
     """
     cells: dict[tuple[str, str, str, int | None], list[Row]] = {}
     for row in rows:
@@ -263,7 +263,7 @@ def _summary(
     images = {}
     if scores and len(scores) == len(rows):  # an interval of the mean needs every run's scores
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)  # test images of one kind only
+            warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)  # normal or abnormal test images only
             intervals = bootstrap(scores, group_by, resamples)
         labels = scores[0].labels
         images = {"normal": labels.count(0), "abnormal": labels.count(1)}
@@ -304,7 +304,7 @@ def lacking(outcome: Outcome) -> list[tuple[str, str | None, int | None, list[in
 
 
 def _by_seed(rows: Sequence[Row], metric: str) -> dict[int, float]:
-    """Return a metric's values, without undefined ones: AUROC is, where test images are of one kind."""
+    """Return a metric's values, without undefined ones: AUROC is, where all test images are normal or all abnormal."""
     return {row.seed: row.metrics[metric] for row in rows if not math.isnan(row.metrics.get(metric, math.nan))}
 
 

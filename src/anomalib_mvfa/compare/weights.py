@@ -23,13 +23,12 @@ import torchvision
 from anomalib.models import UnknownModelError, get_model, list_models
 from anomalib.models.components import AnomalibModule, TimmFeatureExtractor
 
+from ..model.weights import RANDOM_SEED, State
 from ..plugin import register
 from .plan import MODEL_DEFAULT
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
-RANDOM_SEED = 0
-"""Of weights that are drawn, whatever the seed of a comparison, as pretrained ones do not depend on it either."""
 RANDOM = "random"
 ELSEWHERE = {
     "AnomalyVFM": "they are the whole model, downloaded from Hugging Face",
@@ -41,7 +40,6 @@ ELSEWHERE = {
 """Models that load weights from elsewhere, and how."""
 
 Result = TypeVar("Result")
-State = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -248,7 +246,8 @@ def _torchvision_builder(entry: Any) -> Callable[[], torch.nn.Module]:  # noqa: 
 
 def _seeded(build: Callable[[], Result]) -> Result:
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(RANDOM_SEED)  # torch.manual_seed would reseed GPUs too, and for good
+        # Whatever the seed of a comparison; torch.manual_seed would reseed GPUs too, and for good.
+        torch.default_generator.manual_seed(RANDOM_SEED)
         return build()
 
 

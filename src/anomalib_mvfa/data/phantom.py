@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..files import room_for
+from ..io import explain_full_disk
 from .bmad import KINDS, BMADOneClass
 
 Field: TypeAlias = NDArray[np.float64]
@@ -214,7 +214,7 @@ def write_phantom(root: Path, seed: int = 0, size: int = 128, train: int = 16, v
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".Brain-", dir=root) as scratch:
         built = Path(scratch) / "Brain"
-        with room_for(target):
+        with explain_full_disk(target):
             for split, (normal, abnormal) in enumerate(((train, 0), (valid, valid), (test, test))):
                 _write_split(built / _SPLITS[split], (seed, split), size, normal, abnormal)
         try:

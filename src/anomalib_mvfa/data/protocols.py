@@ -13,7 +13,7 @@ from pandas import DataFrame
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Transform
 
-from ..contract import FEW_SHOT, LEAVE_ONE_OUT, Protocol, noun_of
+from ..contract import FEW_SHOT, LEAVE_ONE_OUT, ProtocolDefaults, class_name_of_data
 from .dataset import ConcatDataset, SampleDataset, SupportViews
 from .samplers import eval_loader, train_loader
 from .support import KINDS, draw, group_of, pick, read_support_list, same_content, set_aside
@@ -38,7 +38,7 @@ class _Protocol(AnomalibDataModule):
         seed: Of draws, and of the order of training.
     """
 
-    protocol: Protocol
+    protocol: ProtocolDefaults
     seed: int
 
     def __init__(
@@ -140,7 +140,7 @@ class FewShot(_Protocol):
     @property
     def class_name(self) -> str | None:
         """The source's noun for prompts, if it has one."""
-        return noun_of(self.source)
+        return class_name_of_data(self.source)
 
     def prepare_data(self) -> None:
         """Download the source's data if it does so."""
@@ -332,7 +332,7 @@ class LeaveOneOut(_Protocol):
     @property
     def class_name(self) -> str | None:
         """The held-out source's noun for prompts, by default its category."""
-        return noun_of(self.target)
+        return class_name_of_data(self.target)
 
     def prepare_data(self) -> None:
         """Download the sources' data if they do so."""
@@ -351,13 +351,15 @@ class LeaveOneOut(_Protocol):
             learnt, validating = source.test_data.samples, dataset.samples
             if not has_validation:
                 learnt, validating = _set_aside(source, learnt, self.seed, getattr(source, "group_by", None))
-            train.append(SampleDataset.of(source.test_data, learnt, noun_of(source) or source.name))
-            val.append(SampleDataset.of(dataset, validating, noun_of(source) or source.name))
+            train.append(SampleDataset.of(source.test_data, learnt, class_name_of_data(source) or source.name))
+            val.append(SampleDataset.of(dataset, validating, class_name_of_data(source) or source.name))
         self.train_data, self.val_data = ConcatDataset(train), ConcatDataset(val)
         mode, self.target.val_split_mode = self.target.val_split_mode, ValSplitMode.NONE  # all of it is tested
         _set_up(self.target, self.seed)
         self.target.val_split_mode = mode  # another protocol may use the same source
-        self.test_data = SampleDataset.of(self.target.test_data, self.target.test_data.samples, noun_of(self.target))
+        self.test_data = SampleDataset.of(
+            self.target.test_data, self.target.test_data.samples, class_name_of_data(self.target)
+        )
 
 
 def _resolve(source: Source) -> AnomalibDataModule:

@@ -28,7 +28,7 @@ from PIL import Image
 from rich.progress import track
 from torchvision.transforms.v2 import Transform
 
-from ..files import room_for
+from ..io import explain_full_disk
 from .reading import MASK_THRESHOLD, read_mask
 from .scan_files import PILLOW_SUFFIXES, Bound, Scan, Window, checked_window, is_scan, pictures, read_scan, stem_of
 from .support import set_aside
@@ -203,7 +203,7 @@ def convert(sources: Mapping[str, Path], target: Path, window: Window | None) ->
         if record == {**asked, "pictures": [name for name in there if name != RECORD]}:
             return
         try:
-            with room_for(target):
+            with explain_full_disk(target):
                 _convert(files, sources, partial, window)
                 record = {**asked, "pictures": _names_in(partial)}
                 (partial / RECORD).write_text(json.dumps(record), "utf-8")

@@ -12,7 +12,7 @@ from anomalib.data.utils import LabelName
 from pandas import DataFrame
 from torch.utils.data import Dataset
 
-from ..provenance import content_of
+from ..io import file_digest
 from .dataset import SampleDataset, SupportViews
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
@@ -133,11 +133,11 @@ def same_content(support: Iterable[str], others: Iterable[str]) -> list[tuple[st
     """Return pairs of a support file and another file with the same bytes."""
     by_size: dict[int, dict[str, str]] = {}
     for path in support:
-        by_size.setdefault(Path(path).stat().st_size, {})[content_of(path)] = path
+        by_size.setdefault(Path(path).stat().st_size, {})[file_digest(path)] = path
     pairs = []
     for path in others:
         twins = by_size.get(Path(path).stat().st_size)  # only files of the same size need be read
-        if twins and (digest := content_of(path)) in twins:
+        if twins and (digest := file_digest(path)) in twins:
             pairs.append((twins[digest], path))
     return pairs
 

@@ -59,7 +59,7 @@ class BranchAdapters(nn.ModuleList):
     """One adapter (or projector) per level, of one branch.
 
     Args:
-        levels: How many levels.
+        levels: Number of levels.
         width: D.
         joint_width: E.
         adaptation: "adapter", "projector", or "linear": a linear layer with bias.
@@ -68,6 +68,11 @@ class BranchAdapters(nn.ModuleList):
     def __init__(self, levels: int, width: int, joint_width: int, adaptation: str = "adapter") -> None:
         kind = {"adapter": Adapter, "projector": Projector, "linear": Linear}[adaptation]
         super().__init__([kind(width, joint_width) for _ in range(levels)])
+
+    @property
+    def adapt_the_stream(self) -> bool:
+        """Whether later blocks see what these adapters add."""
+        return any(isinstance(adapter, Adapter) for adapter in self)
 
     def train_only(self, trained: Sequence[int]) -> None:
         """Let gradients reach only the adapters at these positions, and only weights that their losses depend on.
@@ -91,7 +96,7 @@ def add_to_stream(
     """Blend both branches into the stream ``(B, L, D)``, class token included.
 
     Args:
-        x: The stream.
+        x: Stream ``(B, L, D)``.
         seg: Contribution of the seg adapter.
         det: Contribution of the det adapter.
         ratio: g, the weight of adapters.

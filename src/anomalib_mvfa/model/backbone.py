@@ -5,6 +5,7 @@ Axes: B images, L tokens (class token first), P = G*G patches, D width of the im
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,13 +19,12 @@ from torch import nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from .linear import linear
-from .weight_files import FLOATS, RANDOM_SEED, State, checked_download, fingerprint, first_line, load_state, read_state
+from .weights import FLOATS, RANDOM_SEED, State, checked_download, fingerprint, first_line, load_state, read_state
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 TEXT_BATCH = 64
 
-_HUGGING_FACE = {"hf_model_name", "hf_tokenizer_name"}  # of text towers that need the package transformers
 _NOT_PARAMETERS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives
 
 
@@ -34,7 +34,7 @@ class ClipBackbone(nn.Module):
     Args:
         backbone: Name of an open_clip model, or path of a model config in open_clip's JSON form.
         pretrained: Tag of open_clip; or path of a weight file in OpenAI's or open_clip's form (.pt state dict,
-            TorchScript archive, safetensors); or None for seeded random weights.
+            safetensors, OpenAI's own TorchScript archive); or None for seeded random weights.
         image_size: Height and width of its input in pixels; the position grid is resized to it (bicubic, antialiased).
         quick_gelu: Use QuickGELU, with which OpenAI's weights were trained, in place of GELU in both towers. MVFA's
             published code does not.
@@ -43,14 +43,17 @@ class ClipBackbone(nn.Module):
         depth: Number of blocks of the image tower.
         width: D.
         joint_width: E.
+        image_size: Height and width of its input in pixels.
         grid: G.
-        fingerprint: Of samples of the weights, whatever file they came from and whatever the image size.
+        mean: Mean of CLIP's images, per channel ``(3, 1, 1)``.
+        std: Their standard deviation.
+        fingerprint: Hash of samples of the weights, whatever file they came from and whatever the image size.
 
     Raises:
         ValueError: Unknown backbone, tag or image size, an image tower other than a plain vision transformer, or a
             file that does not fit the backbone.
         FileNotFoundError: The config or the weight file does not exist.
-        RuntimeError: The weights of a tag could not be had.
+        RuntimeError: The weights of a tag could not be loaded.
     """
 
     clip: Any  # open_clip ships no types
@@ -81,10 +84,11 @@ class ClipBackbone(nn.Module):
         _load(clip, state, backbone, pretrained)
 
         self.clip = clip.requires_grad_(False).eval()
-        self.tokenizer = _tokenizer(backbone, config)
+        self.tokenizer = _tokenizer(backbone, config["text_cfg"])
         self.depth = len(clip.visual.transformer.resblocks)
         self.width: int = clip.visual.class_embedding.shape[0]
         self.joint_width = config["embed_dim"]
+        self.image_size = image_size
         self.grid = image_size // patch_size
         self.fingerprint = _fingerprint(clip, quick_gelu)
         # open_clip 2.24 runs its blocks sequence-first, from 2.26 on batch-first.
@@ -96,6 +100,30 @@ class ClipBackbone(nn.Module):
         """Stay in eval mode, whatever the mode of the model around it."""
         del mode
         return super().train(False)
+
+    def streams(self, image: torch.Tensor, ends: Sequence[int]) -> list[torch.Tensor]:
+        """Run the image tower as it is.
+
+        Args:
+            image: Images ``(B, 3, H, W)``.
+            ends: Numbers of blocks (from 1), increasing.
+
+        Returns:
+            The stream ``(B, L, D)`` after each of these blocks.
+        """
+        streams = []
+        x, start = self.embed(image), 0  # (B, L, D)
+        for end in ends:
+            x = self.blocks(x, start, end)
+            start = end
+            streams.append(x)
+        return streams
+
+    def blocks(self, x: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        """Run blocks (from 1) after ``start`` up to ``end`` on tokens ``(B, L, D)``."""
+        for index in range(start, end):
+            x = self.block(index, x)
+        return x
 
     def embed(self, image: torch.Tensor) -> torch.Tensor:
         """Return the tokens ``(B, L, D)`` that enter the first block, of images ``(B, 3, H, W)``."""
@@ -143,17 +171,18 @@ def _attention(attention: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tenso
 
 
 def working_backbones() -> list[str]:
-    """Return the names of open_clip's models that MVFA can adapt, and that need no further package for their texts."""
-    configs = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
-    return [
-        name for name, config in configs.items() if _is_plain(config) and not _HUGGING_FACE & set(config["text_cfg"])
-    ]
+    """Return the names of open_clip's models that MVFA can adapt."""
+    return [name for name in open_clip.list_models() if _is_plain(open_clip.get_model_config(name))]
 
 
 def _is_plain(config: dict[str, Any]) -> bool:
-    """Whether a config describes open_clip's own vision transformer (timm towers and ResNets are none)."""
-    vision = config["vision_cfg"]
-    return "timm_model_name" not in vision and isinstance(vision.get("layers", 12), int)
+    """Whether a config describes a vision and a text transformer of open_clip's own.
+
+    Image towers of timm and ResNets are none, nor are CoCa's text tower and those of Hugging Face.
+    """
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    is_vit = "timm_model_name" not in vision and isinstance(vision.get("layers", 12), int)
+    return is_vit and "multimodal_cfg" not in config and "hf_model_name" not in text
 
 
 def _read_config(backbone: str) -> dict[str, Any]:
@@ -182,8 +211,8 @@ def _read_config(backbone: str) -> dict[str, Any]:
             raise ValueError(msg)
     if not _is_plain(config):
         msg = (
-            f"backbone={backbone!r} has no plain vision transformer as its image tower, and MVFA adapts the blocks of "
-            f"one. These work: {', '.join(working_backbones())}."
+            f"backbone={backbone!r} has no plain vision transformer as its image tower, whose blocks MVFA adapts, or "
+            f"takes its text tower from another package. These work: {', '.join(working_backbones())}."
         )
         raise ValueError(msg)
     config["vision_cfg"] = {"patch_size": 16, "image_size": 224, **config["vision_cfg"]}  # open_clip's own defaults
@@ -193,15 +222,7 @@ def _read_config(backbone: str) -> dict[str, Any]:
 def _build(config: dict[str, Any], quick_gelu: bool, image_size: int) -> nn.Module:
     arguments = {key: value for key, value in config.items() if key not in {"custom_text", "quick_gelu"}}
     arguments["vision_cfg"] = {**config["vision_cfg"], "image_size": image_size, "patch_dropout": 0.0}
-    text = arguments["text_cfg"]
-    if "multimodal_cfg" in config:
-        kind = open_clip.CoCa
-    elif config.get("custom_text") or "hf_model_name" in text:
-        kind = open_clip.CustomTextCLIP
-        if "hf_model_name" in text:
-            arguments["text_cfg"] = {**text, "hf_model_pretrained": False}
-    else:
-        kind = open_clip.CLIP
+    kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
     clip = kind(**arguments, quick_gelu=quick_gelu)
     if not isinstance(clip.visual, VisionTransformer):
         msg = f"The image tower is a {type(clip.visual).__name__}; these work: {', '.join(working_backbones())}."
@@ -209,18 +230,13 @@ def _build(config: dict[str, Any], quick_gelu: bool, image_size: int) -> nn.Modu
     return clip
 
 
-def _tokenizer(backbone: str, config: dict[str, Any]) -> Any:  # noqa: ANN401  # open_clip has no common type
-    if "hf_tokenizer_name" in config["text_cfg"]:
+def _tokenizer(backbone: str, text: dict[str, Any]) -> Any:  # noqa: ANN401  # open_clip has no common type
+    if "hf_tokenizer_name" in text:
         return open_clip.get_tokenizer(backbone)
-    return open_clip.SimpleTokenizer(context_length=config["text_cfg"].get("context_length", 77))
+    return open_clip.SimpleTokenizer(context_length=text.get("context_length", 77))
 
 
-def _read_weights(
-    backbone: str,
-    pretrained: str | None,
-    config: dict[str, Any],
-    quick_gelu: bool,
-) -> State:
+def _read_weights(backbone: str, pretrained: str | None, config: dict[str, Any], quick_gelu: bool) -> State:
     if pretrained is None:
         logger.warning("pretrained=None: the backbone %s has random weights. Scores mean nothing clinically.", backbone)
         # Drawn at the config's own image size, like pretrained weights, so that they do not depend on `image_size`.
@@ -233,7 +249,7 @@ def _read_weights(
     tags = open_clip.list_pretrained_tags_by_model(backbone)
     ways_out = (
         "Ways out: give pretrained= (or the environment variable ANOMALIB_MVFA_PRETRAINED) the path of a weight file, "
-        "in OpenAI's or open_clip's form (.pt, TorchScript archive, .safetensors); or run once with a network; or "
+        "in OpenAI's or open_clip's form (.pt, .safetensors); or run once with a network; or "
         "pretrained=null for random weights, to try the software out."
     )
     if pretrained not in tags:
@@ -247,13 +263,19 @@ def _read_weights(
         config = open_clip.get_pretrained_cfg(backbone, pretrained)
         return _read_file(checked_download(Path(open_clip.download_pretrained(config))))
     except Exception as error:  # the downloaders raise whatever their transport raises
-        msg = f"The weights {pretrained!r} of {backbone} could not be had ({first_line(error)}). {ways_out}"
+        msg = f"The weights {pretrained!r} of {backbone} could not be loaded ({first_line(error)}). {ways_out}"
         raise RuntimeError(msg) from error
 
 
 def _read_file(path: Path) -> State:
     """Read a state dict, without what OpenAI's archives hold beside parameters."""
-    return {key: value for key, value in read_state(path).items() if key not in _NOT_PARAMETERS}
+    return {key: value for key, value in read_state(path, _openai_digests()).items() if key not in _NOT_PARAMETERS}
+
+
+def _openai_digests() -> set[str]:
+    """Return the SHA-256 of OpenAI's TorchScript archives, which their published addresses contain."""
+    addresses = [open_clip.get_pretrained_cfg(name, "openai")["url"] for name in open_clip.list_openai_models()]
+    return {digest for address in addresses for digest in re.findall("/([0-9a-f]{64})/", address)}
 
 
 def _load(clip: nn.Module, state: State, backbone: str, pretrained: str | None) -> None:

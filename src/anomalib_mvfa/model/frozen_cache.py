@@ -15,10 +15,7 @@ SEED = 0
 class FrozenCache:
     """Tokens of images, found by all pixels of an image: one that was changed at random is another image.
 
-    It fills up to its limit and then stays as it is. Copied or pickled, it is empty.
-
-    Args:
-        limit: Most bytes to keep.
+    It fills up to its limit (bytes) and then stays as it is. Copied or pickled, it is empty.
     """
 
     def __init__(self, limit: int = LIMIT) -> None:
@@ -27,7 +24,7 @@ class FrozenCache:
         self.clear()
 
     def __len__(self) -> int:
-        """Return how many images are kept."""
+        """Return the number of images that are kept."""
         return len(self._kept)
 
     def __reduce__(self) -> tuple:
@@ -62,17 +59,13 @@ class FrozenCache:
             self._condition = condition
         keys = self._keys(image)
         missing = [row for row, key in enumerate(keys) if key not in self._kept]
-        if not missing:
-            return torch.stack([self._kept[key] for key in keys], dim=1)
-        made = compute(image if len(missing) == len(keys) else image[missing])
-        found = dict(zip((keys[row] for row in missing), made.unbind(1), strict=True))
+        found: dict[int, torch.Tensor] = {}
+        if missing:
+            found = dict(zip((keys[row] for row in missing), compute(image[missing]).unbind(1), strict=True))
         for key, tokens in found.items():
-            size = tokens.numel() * tokens.element_size()
-            if self._bytes + size <= self.limit:
+            if self._bytes + tokens.nbytes <= self.limit:
                 self._kept[key] = tokens.clone()
-                self._bytes += size
-        if len(missing) == len(keys):
-            return made
+                self._bytes += tokens.nbytes
         return torch.stack([self._kept[key] if key in self._kept else found[key] for key in keys], dim=1)
 
     def _keys(self, image: torch.Tensor) -> list[int]:

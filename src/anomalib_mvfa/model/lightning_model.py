@@ -1,91 +1,129 @@
 """MVFA in anomalib."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
+from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
+from torchvision.transforms.v2 import Resize
 
-from .lightning_mixin import (
-    CALIBRATIONS,
-    DEFAULT_BACKBONE,
-    DEFAULT_PRETRAINED,
-    LightningMixin,
-    check_numbers,
-    int_list,
-    optional_text,
-)
+from ..arguments import DEFAULT_BACKBONE, DEFAULT_PRETRAINED, check_arguments, documented, optional_text
+from ..contract import class_name_of
+from .build import build_mvfa
+from .frozen_cache import FrozenCache
+from .lightning_fusion import FusionMixin
 from .losses import MvfaLoss
-from .prompts import ABNORMAL_STATES, NORMAL_STATES, TEMPLATES, check_slots
-from .torch_model import MvfaModel, check_choice
+from .prompts import Prompts
+from .state import Settings
+from .weights import load_adapters
 
-IMAGE_SCORES = ("map_max", "det_mean", "det_max")
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
+
+BETAS = (0.5, 0.999)
+"""Betas of Adam, as published."""
 
 
-class Mvfa(LightningMixin, AnomalibModule):
+class AdapterTrainingMixin(FusionMixin):
+    """Training of adapters; to be named before ``AnomalibModule``.
+
+    Attributes:
+        loss: Loss of a batch.
+    """
+
+    loss: MvfaLoss
+    _saw_masks = False
+
+    @property
+    def learns(self) -> bool:
+        """Whether a fit on the data at hand trains anything."""
+        return not self._facts.normal_only and any(weight.requires_grad for weight in self.model.parameters())
+
+    def setup(self, stage: str) -> None:
+        """Choose what follows the data, and say so where there is nothing to learn."""
+        super().setup(stage)
+        if stage == "fit" and self._facts.normal_only:
+            logger.warning(
+                "The training data hold no abnormal image: the adapters are not trained, and only the memory bank is "
+                "built. Use a FewShot datamodule to learn from labelled images.",
+            )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer | None:
+        """Return Adam over both branches: bit-equal to the two optimisers of the published code."""
+        if not self.learns:
+            return None
+        groups = [
+            {"params": [weight for weight in adapters.parameters() if weight.requires_grad]}
+            for adapters in (self.model.seg_adapters, self.model.det_adapters)
+        ]
+        return torch.optim.Adam(groups, lr=self.settings.learning_rate or 0.0, betas=BETAS)
+
+    def on_fit_start(self) -> None:
+        """Keep the frozen part of images that come again in every epoch."""
+        super().on_fit_start()
+        augmentations = getattr(self.dataset("train"), "augmentations", None)
+        if isinstance(augmentations, Resize | None):  # others change an image from epoch to epoch
+            self.model.cache = FrozenCache()
+
+    def on_fit_end(self) -> None:
+        """Give the memory back."""
+        self.model.cache = None
+
+    def training_step(self, batch: ImageBatch, *args, **kwargs) -> STEP_OUTPUT:  # noqa: ANN002, ANN003
+        """Return the loss of a batch, from one data set, with its class name and its masks if it has any."""
+        del args, kwargs
+        if not self.learns:
+            return _no_loss(self) if self.trainer.world_size > 1 else None
+        with_seg = batch.gt_mask is not None
+        self._saw_masks |= with_seg
+        seg_maps, det_scores = self.model(batch.image, self._text_features(class_name_of(batch)), with_seg)
+        loss = self.loss(seg_maps, det_scores, batch.gt_mask, batch.gt_label)
+        if not with_seg and self.trainer.world_size > 1:
+            loss = loss + _no_loss(self.model.seg_adapters)  # its gradients are dropped before the step
+        self.log_loss(loss, batch)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leave the seg adapters out of a step without masks: a gradient of 0 would still move them by momentum."""
+        del optimizer
+        self._forget_calibration()  # the adapters are about to change
+        if not self._saw_masks:
+            for parameter in self.model.seg_adapters.parameters():
+                parameter.grad = None
+        self._saw_masks = False
+
+
+def _no_loss(module: nn.Module) -> torch.Tensor:
+    """Return 0, whose gradients of the module's weights are 0: distributed training waits for one of each."""
+    return 0.0 * torch.stack([p.sum() for p in module.parameters() if p.requires_grad]).sum()
+
+
+@documented
+class Mvfa(AdapterTrainingMixin, AnomalibModule):
     """MVFA: multi-level adaptation of visual features of CLIP (Huang et al., CVPR 2024).
 
     What is None follows the data's protocol; the values in use are logged and saved with checkpoints.
 
     Args:
-        backbone: Name of an open_clip model with a plain vision transformer, or path of a model config in open_clip's
-            JSON form. The environment variable ``ANOMALIB_MVFA_BACKBONE`` sets the default.
-        pretrained: Tag of open_clip; or path of a weight file in OpenAI's or open_clip's form (.pt state dict,
-            TorchScript archive, safetensors); or None for seeded random weights. ``ANOMALIB_MVFA_PRETRAINED`` sets the
-            default ("null" for None).
-        image_size: Height and width in pixels to which images are squashed.
         levels: Blocks (from 1) with adapters; the quarter points by default: 6, 12, 18, 24 for ViT-L.
-        residual_ratio: Weight of an adapter in the stream (paper, Eq. 2).
-        class_name: Noun for prompts; the datamodule's by default, then "object".
         normal_states: States of a normal object, each with one ``{}``; the published ones by default.
         abnormal_states: States of an abnormal object; the published ones by default.
         templates: Templates that states are set into; the published ones by default.
-        quick_gelu: QuickGELU in place of GELU in the backbone.
-        normalize: Normalise images by CLIP's mean and standard deviation.
         image_score: "map_max", "det_mean" or "det_max"; by default map_max in few-shot on data with masks, and det_mean
             elsewhere.
-        zero_shot_weight: Weight of the text branch in scores.
-        few_shot_weight: Weight of the memory bank; by default 0.5 in few-shot, 0 in leave-one-out.
-        calibration: What sets the ranges by which branches are scaled before they are fused: the "support" images,
-            "none", or the whole "test" set as in the published numbers, which `predict` and export refuse.
         adapters: Published adapters (.pth) to start from.
-        learning_rate: Of Adam; by default 1e-3 in few-shot, 1e-4 in leave-one-out.
-        max_epochs: Epochs to train, unless the trainer is told otherwise.
-        bank_images: Most normal images in the bank where the datamodule has no support of its own.
-        coreset: Share of the memory bank's rows to keep, chosen to lie far apart as in PatchCore; all by default.
-        adaptation: "adapter" or "projector" (paper, Table 4).
-        residual: "pair" (published) or "single" (paper, Eq. 2).
-        train_levels: Levels that learn; all by default (paper, Table 5).
-        score_levels: Levels that are scored; all by default.
-        pooling: "mean" (published) or "max" (paper) over patches in the image loss.
-        bce: "logits" (published) or "plain" (paper) cross-entropy in the image loss.
-        upsample: "logits" (published) or "probabilities" (paper) are upsampled to maps.
-        seed: Of the adapters' initial weights, of the draw of ``bank_images`` and of the coreset.
-        pre_processor: Anomalib's component, or whether to use the default one.
-        post_processor: Anomalib's component, or whether to use the default one.
-        evaluator: Anomalib's component, or whether to use the default one.
-        visualizer: Anomalib's component, or whether to use the default one.
 
     Raises:
         ValueError: An argument has no such value, or weights do not fit.
         FileNotFoundError: A file that an argument names does not exist.
-        RuntimeError: The weights of a tag could not be had.
+        RuntimeError: The weights of a tag could not be loaded.
     """
 
-    _checkpoint_key = "mvfa"
-    _bank_arguments = (
-        "normal_states",
-        "abnormal_states",
-        "templates",
-        "normalize",
-        "residual",
-        "residual_ratio",
-        "score_levels",
-        "upsample",
-        "coreset",
-    )
+    checkpoint_key = "mvfa"
 
     def __init__(
         self,
@@ -94,7 +132,7 @@ class Mvfa(LightningMixin, AnomalibModule):
         image_size: int = 240,
         levels: Sequence[int] | None = None,
         residual_ratio: float = 0.1,
-        class_name: str | None = None,  # noqa: ARG002  # read from the saved hyper-parameters
+        class_name: str | None = None,
         normal_states: Sequence[str] | None = None,
         abnormal_states: Sequence[str] | None = None,
         templates: Sequence[str] | None = None,
@@ -122,35 +160,15 @@ class Mvfa(LightningMixin, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        # Anomalib saves these locals as hyper-parameters, and reads back plain types only.
-        backbone, pretrained = str(backbone), optional_text(pretrained)
-        levels, train_levels, score_levels = map(int_list, (levels, train_levels, score_levels))
-        normal_states = check_slots("normal_states", NORMAL_STATES if normal_states is None else normal_states)
-        abnormal_states = check_slots(
-            "abnormal_states", ABNORMAL_STATES if abnormal_states is None else abnormal_states
-        )
-        templates = check_slots("templates", TEMPLATES if templates is None else templates)
-        if image_score is not None:
-            check_choice("image_score", image_score, IMAGE_SCORES)
-        adapters = str(adapters) if adapters is not None else None
-        check_choice("calibration", calibration, CALIBRATIONS)
-        check_choice("bce", bce, ("logits", "plain"))
+        check_arguments(locals())
         if zero_shot_weight == 0 and few_shot_weight == 0:
             msg = "zero_shot_weight and few_shot_weight are both 0; one branch at least must have weight."
             raise ValueError(msg)
-        check_numbers(
-            residual_ratio=residual_ratio,
-            zero_shot_weight=zero_shot_weight,
-            few_shot_weight=few_shot_weight,
-            learning_rate=learning_rate,
-            max_epochs=max_epochs,
-            bank_images=bank_images,
-            coreset=coreset,
-        )
-        super().__init__(self._sized(pre_processor, image_size), post_processor, evaluator, visualizer)
-        model = MvfaModel(
-            backbone=backbone,
-            pretrained=pretrained,
+        prompts = Prompts.given(normal_states=normal_states, abnormal_states=abnormal_states, templates=templates)
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
+        model = build_mvfa(
+            str(backbone),
+            optional_text(pretrained),
             image_size=image_size,
             levels=levels,
             residual_ratio=residual_ratio,
@@ -164,15 +182,10 @@ class Mvfa(LightningMixin, AnomalibModule):
             upsample=upsample,
             coreset=coreset,
             seed=seed,
+            prompts=prompts,
         )
         if adapters is not None:
-            from ..checkpoint import load_adapters
-
             load_adapters(model, adapters)
-        self._adopt(model)
+        asked = Settings(class_name, image_score, zero_shot_weight, few_shot_weight, learning_rate, calibration)
+        self._init_state(model, asked, seed, bank_images, max_epochs)
         self.loss = MvfaLoss(bce)
-
-    def _encode(self, class_name: str) -> torch.Tensor:
-        """Text features ``(E, 2)`` of an object, in the states and templates of the arguments."""
-        states = (self.hparams[name] for name in ("normal_states", "abnormal_states", "templates"))
-        return self.model.encode_states(class_name, *states)

@@ -4,18 +4,19 @@ Axes: B images, N support views, L tokens (class token first), P patches, E join
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from anomalib.models.components import KCenterGreedy
-from anomalib.models.components.base import DynamicBufferMixin
+from torch import nn
 from torch.nn.functional import normalize
 
+from .adapters import BRANCHES
 from .linear import linear
 from .text_alignment import full_precision
 
 QUERIES, ROWS = 1024, 4096
-"""Compared at once: memory does not grow with batch and bank, and a CPU's cache holds the similarities."""
+"""Features compared at once: memory does not grow with batch and bank, and similarities fit a CPU's cache."""
 
 
 def nearest_distance(query: torch.Tensor, bank: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
@@ -52,12 +53,14 @@ def spread_out(rows: torch.Tensor, share: float, seed: int) -> torch.Tensor:
 
     Args:
         rows: ``(M, E)``.
-        share: Of the rows that are chosen.
-        seed: Of the first row, and of the projection in which distances are measured.
+        share: Share of the rows to choose.
+        seed: Seed of the first row, and of the projection in which distances are measured.
 
     Returns:
         Their numbers, in order.
     """
+    from anomalib.models.components import KCenterGreedy  # here, since it loads Lightning
+
     with torch.random.fork_rng(devices=[rows.device] if rows.is_cuda else []):
         torch.manual_seed(seed)
         sampler = KCenterGreedy(rows, share)
@@ -66,14 +69,14 @@ def spread_out(rows: torch.Tensor, share: float, seed: int) -> torch.Tensor:
         return torch.tensor(sampler.select_coreset_idxs(), device=rows.device).sort().values
 
 
-class MemoryBank(DynamicBufferMixin):
+class MemoryBank(nn.Module):
     """Normal tokens of both branches; a branch that is not in use stays empty.
 
     Buffers ``seg`` and ``det``: unit rows ``(l, M, E)``, float32, saved with the model; M is ``N * L`` or a share.
 
     Args:
         coreset: Share of the tokens of a level that are kept, by :func:`spread_out`; all by default.
-        seed: Of that choice.
+        seed: Seed of that choice.
     """
 
     seg: torch.Tensor
@@ -87,10 +90,25 @@ class MemoryBank(DynamicBufferMixin):
 
     def clear(self) -> None:
         """Forget everything."""
-        device = self.seg.device if "seg" in self._buffers else None
-        self.register_buffer("seg", torch.empty(0, device=device))
-        self.register_buffer("det", torch.empty(0, device=device))
+        for branch in BRANCHES:
+            self._allocate(branch, torch.Size([0]))
         self._views: dict[str, list[torch.Tensor]] = {}  # per branch and level, of which view a row is
+
+    def _allocate(self, branch: str, shape: torch.Size) -> None:
+        device = getattr(self, branch).device if branch in self._buffers else None
+        self.register_buffer(branch, torch.empty(shape, device=device))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
+        """Take a bank of whatever size a checkpoint has."""
+        for branch in BRANCHES:
+            if prefix + branch in state_dict:
+                self._allocate(branch, state_dict[prefix + branch].shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def filled(self) -> set[str]:
+        """Branches that have rows."""
+        return {branch for branch in BRANCHES if getattr(self, branch).numel()}
 
     def store(self, branch: str, tokens: Iterable[torch.Tensor]) -> None:
         """Replace a branch's rows.

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode, Resize
 
 CUBIC = -0.5
@@ -82,3 +82,21 @@ class ThresholdScaledPostProcessor(PostProcessor):
         threshold = threshold.nan_to_num(nan=0.5).clamp(1e-6, 1 - 1e-6).to(preds)
         below, above = 0.5 * preds / threshold, 0.5 + 0.5 * (preds - threshold) / (1 - threshold)
         return torch.where(preds < threshold, below, above)
+
+
+class OrderKeepingPostProcessor(PostProcessor):
+    """Maps scores of any range into (0, 1), strictly increasing, with the threshold at 0.5.
+
+    Anomalib's own post-processor scales by the validation's extremes and clamps what lies beyond them; the resulting
+    ties change AUROC, for one method more than for another. With this one, AUROC is that of the raw scores.
+    """
+
+    @staticmethod
+    def _normalize(preds: Tensor | None, norm_min: Tensor, norm_max: Tensor, threshold: Tensor) -> Tensor | None:
+        if preds is None:
+            return None
+        threshold = torch.where(threshold.isnan(), (norm_max + norm_min) / 2, threshold).nan_to_num(nan=0.0)
+        span = (norm_max - norm_min).nan_to_num(nan=1.0)
+        span = torch.where(span > 0, span, torch.ones_like(span))
+        distance = (preds - threshold.to(preds)) / span.to(preds)  # from the threshold, in ranges of the validation
+        return 0.5 + 0.5 * distance / (1 + distance.abs())

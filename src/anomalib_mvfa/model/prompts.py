@@ -1,6 +1,7 @@
 """The text prompts: states of an object, set into photo templates (WinCLIP's ensemble, as MVFA uses it)."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 NORMAL_STATES = (
     "{}",
@@ -51,25 +52,39 @@ TEMPLATES = (
 )
 
 
-def check_slots(name: str, patterns: Sequence[str]) -> list[str]:
-    """Return the patterns as a plain list, each with one ``{}`` for the object.
+@dataclass(frozen=True)
+class Prompts:
+    """States of an object and the templates that they are set into, each a text with one ``{}``.
 
     Args:
-        name: What the patterns are, for the error.
-        patterns: States or templates.
+        normal_states: States of a normal object; the published ones by default.
+        abnormal_states: States of an abnormal object; the published ones by default.
+        templates: Photo templates; the published ones by default.
 
     Raises:
-        ValueError: The list is empty, or a pattern has not exactly one ``{}``.
+        ValueError: There are no texts of a kind, or one has not exactly one ``{}``.
     """
-    checked = [str(pattern) for pattern in patterns]
-    bad = [pattern for pattern in checked if pattern.count("{}") != 1]
-    if bad or not checked:
-        msg = f"{name} must be a non-empty list of texts with exactly one '{{}}' each, got {bad or checked}"
-        raise ValueError(msg)
-    return checked
 
+    normal_states: Sequence[str] = NORMAL_STATES
+    abnormal_states: Sequence[str] = ABNORMAL_STATES
+    templates: Sequence[str] = TEMPLATES
 
-def compose(class_name: str, states: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Return every state of the object in every template, state by state."""
-    named = [state.replace("{}", class_name) for state in states]
-    return [template.replace("{}", state) for state in named for template in templates]
+    def __post_init__(self) -> None:
+        for name, patterns in asdict(self).items():
+            bad = [str(pattern) for pattern in patterns if str(pattern).count("{}") != 1]
+            if bad or not patterns:
+                msg = f"{name} must be a non-empty list of texts with exactly one '{{}}' each, got {bad or patterns}"
+                raise ValueError(msg)
+
+    @classmethod
+    def given(cls, **patterns: Sequence[str] | None) -> "Prompts":
+        """Return prompts in which what is None has its default."""
+        return cls(**{name: [str(text) for text in texts] for name, texts in patterns.items() if texts is not None})
+
+    def compose(self, class_name: str) -> tuple[list[str], list[str]]:
+        """Return the normal and the abnormal prompts: every state of the object in every template, state by state."""
+        normal, abnormal = (
+            [template.replace("{}", state.replace("{}", class_name)) for state in states for template in self.templates]
+            for states in (self.normal_states, self.abnormal_states)
+        )
+        return normal, abnormal

@@ -43,5 +43,5 @@ def patch_logits(tokens: torch.Tensor, text_features: torch.Tensor) -> torch.Ten
 
 
 def pool_patches(probability: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Pool abnormal probabilities of patches ``(B, P)`` to one of the image ``(B,)``: "mean" (published) or "max"."""
-    return probability.amax(dim=1) if pooling == "max" else probability.mean(dim=1)
+    """Pool abnormal probabilities of patches ``(..., P)`` to those of images ``(...)``, by "mean" or (paper) "max"."""
+    return probability.amax(dim=-1) if pooling == "max" else probability.mean(dim=-1)

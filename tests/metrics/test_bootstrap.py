@@ -1,4 +1,4 @@
-"""Intervals: areas of resamples, and what is recorded of a test."""
+"""Areas of resamples, intervals, and what is recorded of a test."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from anomalib_mvfa.intervals import ScoreRecorder, Scores, bootstrap, image_aurocs, pixel_aurocs
+from anomalib_mvfa.metrics.bootstrap import ScoreRecorder, Scores, bootstrap, image_aurocs, pixel_aurocs
 
 
 def test_areas_equal_scikit_learns_with_weights_and_ties():
@@ -62,7 +62,7 @@ def test_pixel_counts_resolve_scores_in_a_small_part_of_the_range():
     np.testing.assert_allclose(pixel_aurocs(np.stack(recorder.scores.pixels), np.ones((1, 6))), [expected], atol=5e-4)
 
 
-def test_resamples_without_one_kind_do_not_count():
+def test_resamples_without_normal_or_abnormal_images_do_not_count():
     run = recorded([0.1, 0.9], [0, 1], ["a.png", "b.png"])
     assert bootstrap([run], None, 50)["image_AUROC"] == [1.0, 1.0]
 

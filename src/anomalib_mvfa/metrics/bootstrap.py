@@ -13,11 +13,12 @@ import torch
 from anomalib.data import ImageBatch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from .data.support import group_of
-from .files import read_arrays
+from ..data.support import group_of
+from ..io import read_arrays
+from .binned import auroc, count
 
 PIXEL_BINS = 1024
-"""Of scores, for the interval of pixel AUROC; the figure itself is counted in finer bins. Half of the edges are evenly
+"""Number of bin edges for the interval of pixel AUROC; the metric itself uses finer bins. Half of the edges are evenly
 spaced, and half are quantiles of the first batch, since scores may fill a small part of [0, 1]."""
 METRICS = ("image_AUROC", "pixel_AUROC")
 COVERAGE = 0.95
@@ -28,10 +29,10 @@ class Scores:
     """What the images of a test scored.
 
     Args:
-        paths: Of the images (N,).
-        labels: 1 where abnormal (N,).
-        values: Image scores (N,), higher is more abnormal.
-        pixels: Counts of normal and abnormal pixels in bins of increasing scores, ``(2, bins)`` an image; empty where
+        paths: Paths of the images (N).
+        labels: 1 where abnormal (N).
+        values: Image scores (N), higher is more abnormal.
+        pixels: Counts of normal and abnormal pixels in bins of increasing scores, ``(2, bins)`` per image; empty where
             there are no masks.
     """
 
@@ -56,12 +57,12 @@ class Scores:
 
 
 class ScoreRecorder(Callback):
-    """Keeps what every tested image scored: for intervals, the metrics alone do not suffice.
+    """Keeps what every tested image scored, which the metrics alone do not.
 
-    A trainer's callbacks come before the model's, so these are the model's own scores, not yet post-processed.
+    A trainer's callbacks run before the model's, so these are the model's own scores, not yet post-processed.
 
     Attributes:
-        scores: Of the last test.
+        scores: Scores of the last test.
     """
 
     def __init__(self) -> None:
@@ -69,7 +70,7 @@ class ScoreRecorder(Callback):
         self._edges: torch.Tensor | None = None
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew, so that the last test counts."""
+        """Forget earlier tests."""
         del trainer, pl_module
         self.scores, self._edges = Scores(), None
 
@@ -82,7 +83,7 @@ class ScoreRecorder(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep path, label, score and pixel counts of a batch."""
+        """Keep paths, labels, scores and pixel counts of a batch."""
         del trainer, pl_module, outputs, batch_idx, dataloader_idx
         self.scores.paths += batch.image_path or []
         self.scores.labels += torch.as_tensor(batch.gt_label).int().tolist()
@@ -96,48 +97,52 @@ class ScoreRecorder(Callback):
                 self._edges = torch.cat([even, quantiles]).sort().values
             bins = torch.bucketize(maps, self._edges)
             for row, mask in zip(bins, batch.gt_mask.flatten(1) > 0, strict=True):
-                counts = [torch.bincount(row[chosen], minlength=PIXEL_BINS + 1) for chosen in (~mask, mask)]
-                self.scores.pixels.append(torch.stack(counts).int().cpu().numpy())  # (2, PIXEL_BINS + 1)
+                counts = torch.stack(count(row, mask, PIXEL_BINS + 1))  # (2, PIXEL_BINS + 1)
+                self.scores.pixels.append(counts.int().cpu().numpy())
 
 
 def image_aurocs(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Image AUROC of resamples; ties count half.
 
     Args:
-        scores: Of images ``(N,)``.
-        labels: 1 where abnormal ``(N,)``.
+        scores: Scores of images ``(N)``.
+        labels: 1 where abnormal ``(N)``.
         weights: How often each image is in each resample ``(R, N)``.
 
     Returns:
-        Areas ``(R,)``, NaN where a resample lacks a kind.
+        Areas ``(R)``, NaN where a resample has no normal or no abnormal image.
     """
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # of runs of equal scores
-    normal, abnormal = (np.add.reduceat((weights * (labels == kind))[:, order], starts, axis=1) for kind in (0, 1))
-    return _areas(normal, abnormal)
+    distinct, bins = np.unique(scores, return_inverse=True)
+    counts = torch.zeros(2, len(distinct), len(weights), dtype=torch.float64)
+    for label in (0, 1):
+        chosen = labels == label
+        counts[label].index_add_(0, torch.from_numpy(bins[chosen]), torch.from_numpy(weights.T[chosen]))
+    return auroc(*counts.transpose(1, 2)).numpy()
 
 
 def pixel_aurocs(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AUROC of resamples, from counts of normal and abnormal pixels in bins of scores ``(N, 2, bins)``."""
-    return _areas(*(weights @ counts[:, kind] for kind in (0, 1)))
+    """Pixel AUROC of resamples.
 
+    Args:
+        counts: Counts of normal and abnormal pixels in bins of increasing scores ``(N, 2, bins)``.
+        weights: How often each image is in each resample ``(R, N)``.
 
-def _areas(normal: np.ndarray, abnormal: np.ndarray) -> np.ndarray:
-    """Areas ``(R,)`` from weights of normal and abnormal items in bins of increasing scores ``(R, bins)``."""
-    below = normal.cumsum(axis=1) - 0.5 * normal
-    with np.errstate(invalid="ignore"):
-        return (abnormal * below).sum(axis=1) / (abnormal.sum(axis=1) * normal.sum(axis=1))
+    Returns:
+        Areas ``(R)``, NaN where a resample has no normal or no abnormal pixel.
+    """
+    normal, abnormal = (torch.from_numpy(weights @ counts[:, label]) for label in (0, 1))
+    return auroc(normal, abnormal).numpy()
 
 
 def bootstrap(runs: Sequence[Scores], group_by: str | None, resamples: int, seed: int = 0) -> dict[str, list[float]]:
     """Return the 95 % interval of each metric's mean over runs, from resamples of images, or of groups of images.
 
     Args:
-        runs: Scores of tests, one a seed.
+        runs: Scores of tests, one per seed.
         group_by: Regular expression on paths that names an image's group, see
             :class:`~anomalib_mvfa.data.protocols.FewShot`.
         resamples: R.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
     """
     groups = sorted({group_of(path, group_by) for run in runs for path in run.paths})
     index = {group: position for position, group in enumerate(groups)}

@@ -1,13 +1,24 @@
-"""Adapters in and out, in the published form."""
+"""Adapters in and out, in the published form; and TorchScript archives, of which only trusted ones are loaded."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from anomalib_mvfa.checkpoint import load_adapters, save_adapters
-from anomalib_mvfa.model.torch_model import MvfaModel
+from anomalib_mvfa.io import file_digest
+from anomalib_mvfa.model.backbone import ClipBackbone, _openai_digests
+from anomalib_mvfa.model.build import build_mvfa
+from anomalib_mvfa.model.weights import load_adapters, read_state, save_adapters
 from recipe import TINY, adapter_weights
 
 BRANCHES = ("seg_adapters", "det_adapters")
+
+
+# ------------------------------------------------------------------------------------------------------------- adapters
 
 
 @pytest.fixture
@@ -50,7 +61,7 @@ def test_saved_adapters_come_back(tiny_model, tmp_path):
 
 
 def test_loading_keeps_what_learns(tiny_config, published, tmp_path):
-    model = MvfaModel(str(tiny_config), None, TINY.image_size, train_levels=[2])
+    model = build_mvfa(str(tiny_config), None, TINY.image_size, train_levels=[2])
     torch.save(published, tmp_path / "adapters.pth")
     load_adapters(model, tmp_path / "adapters.pth")
     learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -73,16 +84,18 @@ def test_failed_save_leaves_the_old_file(tiny_model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (lambda value: (100 * value).to(torch.int8), "have values of int8 in "),
         (lambda value: value.double() * 1e300, "have values that are not finite"),
+        (lambda value: value * torch.nan, "have values that are not finite"),
+        (lambda value: value / 0, "have values that are not finite"),
     ],
 )
-def test_values_of_another_kind(untouched, published, tmp_path, spoil, message):
+def test_values_of_another_kind(untouched, published, tmp_path, damage, message):
     before = {name: value.clone() for name, value in untouched.state_dict().items()}
     name = next(iter(published["det_adapters"]))
-    published["det_adapters"] = {**published["det_adapters"], name: spoil(published["det_adapters"][name])}
+    published["det_adapters"] = {**published["det_adapters"], name: damage(published["det_adapters"][name])}
     torch.save(published, tmp_path / "odd.pth")
     with pytest.raises(ValueError, match=rf"odd\.pth' {message}"):
         load_adapters(untouched, tmp_path / "odd.pth")
@@ -122,30 +135,108 @@ def test_file_whose_branches_are_no_state_dicts(untouched, tmp_path, branch):
         load_adapters(untouched, tmp_path / "other.pth")
 
 
-def spoil(published, how: str) -> str:
-    """Make the last-looked-at branch wrong in some way, and return what the error must name."""
-    state = published["det_adapters"]
-    if how == "missing":
-        del state["3.fc2.0.weight"]
-        return r"det_adapters\.3\.fc2\.0\.weight is missing in the file and \(128, 24\) in the model"
-    if how == "unknown":
-        state["4.fc1.0.weight"] = state["3.fc1.0.weight"]
-        return r"det_adapters\.4\.fc1\.0\.weight is \(24, 128\) in the file and missing in the model"
-    state["1.fc1.0.weight"] = torch.zeros(24, 64)
-    return r"det_adapters\.1\.fc1\.0\.weight is \(24, 64\) in the file and \(24, 128\) in the model"
-
-
-@pytest.mark.parametrize("how", ["missing", "unknown", "misshaped"])
-def test_adapters_of_another_model(untouched, published, tmp_path, how):
+@pytest.mark.parametrize(
+    ("dropped", "added", "message"),
+    [
+        (
+            "3.fc2.0.weight",
+            {},
+            r"1 parameters missing \['3\.fc2\.0\.weight'\], 0 unknown \[\], 0 of another shape \[\]",
+        ),
+        (None, {"4.fc1.0.weight": (24, 128)}, r"0 parameters missing \[\], 1 unknown \['4\.fc1\.0\.weight'\]"),
+        (
+            None,
+            {"1.fc1.0.weight": (24, 64)},
+            r"1 of another shape \['1\.fc1\.0\.weight'\] \(it is \(24, 64\), not \(24, 128\)\)",
+        ),
+    ],
+    ids=["missing", "unknown", "misshaped"],
+)
+def test_adapters_of_another_model(untouched, published, tmp_path, dropped, added, message):
     """Not even the branch that fits is loaded."""
-    message = spoil(published, how)
+    state = {name: weight for name, weight in published["det_adapters"].items() if name != dropped}
+    published["det_adapters"] = {**state, **{name: torch.zeros(shape) for name, shape in added.items()}}
     torch.save(published, tmp_path / "adapters.pth")
-    with pytest.raises(ValueError, match=f"{message}.*Check backbone, levels and adaptation"):
+    message = rf"adapters\.pth' do not fit the model's det_adapters: .*{message}.*Check backbone, levels and adaptation"
+    with pytest.raises(ValueError, match=message):
         load_adapters(untouched, tmp_path / "adapters.pth")
 
 
 def test_adapters_do_not_fit_projectors(tiny_config, published, tmp_path):
     torch.save(published, tmp_path / "adapters.pth")
-    model = MvfaModel(str(tiny_config), None, TINY.image_size, adaptation="projector")
-    with pytest.raises(ValueError, match=r"0\.fc2\.0\.weight is .* missing in the model"):
+    model = build_mvfa(str(tiny_config), None, TINY.image_size, adaptation="projector")
+    with pytest.raises(ValueError, match=r"unknown \['0\.fc2\.0\.weight'"):
         load_adapters(model, tmp_path / "adapters.pth")
+
+
+# ---------------------------------------------------------------------------------------------------------- TorchScript
+
+
+class WritesAFile(nn.Module):
+    """A module whose code writes a file when torch loads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.training = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[torch.Tensor, bool]:
+        return self.weight, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]) -> None:
+        torch.save(state[0], "it_ran.pt")
+        self.weight = state[0]
+        self.training = state[1]
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """An archive in the working folder, whose code writes a file."""
+    monkeypatch.chdir(tmp_path)
+    torch.jit.save(torch.jit.script(WritesAFile()), "archive.pt")
+    yield Path("archive.pt")
+    Path("it_ran.pt").unlink(missing_ok=True)
+
+
+def test_an_archive_is_refused_and_its_code_not_run(archive, tiny_config):
+    for read in (read_state, lambda path: ClipBackbone(str(tiny_config), str(path), 56)):
+        with pytest.raises(
+            ValueError, match=r"archive\.pt' is a TorchScript archive that is not trusted.*Give a state"
+        ):
+            read(archive)
+    assert not Path("it_ran.pt").exists()
+    torch.jit.load(archive)
+    assert Path("it_ran.pt").exists()
+
+
+def test_an_archive_cut_short_is_refused(archive):
+    complete = archive.read_bytes()
+    archive.write_bytes(complete[: len(complete) // 2])
+    with pytest.raises(ValueError, match=r"archive\.pt' cannot be read .*compare its size"):
+        read_state(archive, {file_digest(str(archive))})
+    assert not Path("it_ran.pt").exists()
+
+
+def test_a_trusted_archive_is_loaded(archive):
+    state = read_state(archive, {file_digest(str(archive))})
+    assert list(state) == ["weight"]
+    assert torch.equal(state["weight"], torch.ones(2))
+
+
+def test_the_command_in_the_error_converts_an_archive(archive, monkeypatch):
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    with pytest.raises(ValueError, match="this saves its state dict: ") as error:
+        read_state(archive)
+    subprocess.run(str(error.value).split("this saves its state dict: ")[1], shell=True, check=True)  # noqa: S602
+    assert torch.equal(read_state(Path("state_dict.pt"))["weight"], torch.ones(2))
+
+
+def test_openais_archives_are_known():
+    digests = _openai_digests()
+    assert "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02" in digests  # of ViT-L-14-336px.pt
+    assert len(digests) == 9

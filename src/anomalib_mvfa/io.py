@@ -1,0 +1,158 @@
+"""Files that are written completely or not at all, and where results come from: digests, commit, versions, device."""
+
+import errno
+import hashlib
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache, lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+PACKAGES = ("anomalib-mvfa", "anomalib", "torch", "torchvision", "lightning", "open_clip_torch", "timm")
+"""Packages that results depend on."""
+
+
+@contextmanager
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Name the file that could not be written when the disk is full or a quota used up."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides the reason behind its own
+        if not isinstance(cause, OSError) or cause.errno not in DISK_FULL:
+            raise
+        msg = f"{path} was not written ({cause.strerror}), and what was there is kept. Make room, or write elsewhere."
+        raise OSError(msg) from error
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path, which replaces ``path`` once it is written and is removed if writing fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with explain_full_disk(path):
+            yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_atomically(content: Any, path: Path) -> None:  # noqa: ANN401  # whatever torch saves
+    """Write a file with ``torch.save``; an existing file is replaced only by a complete one."""
+    import torch
+
+    with atomic_write(path) as partial, partial.open("wb") as file:  # given a name, torch does not say why it failed
+        torch.save(content, file)
+
+
+def read_arrays(path: Path) -> dict[str, Any]:
+    """Read the arrays of an ``.npz`` file written by this package.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is corrupt.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return dict(saved)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever NumPy and zipfile raise on a corrupt file
+        msg = f"{path} cannot be read; it may be cut short. Remove its folder, and run again what wrote it."
+        raise ValueError(msg) from error
+
+
+def dataset_digest(dataset: Any) -> str | None:  # noqa: ANN401  # any dataset of anomalib items
+    """Return a SHA-256 of a dataset's images, labels and masks, regardless of order and file names.
+
+    Args:
+        dataset: An anomalib dataset, read through its table ``samples``.
+
+    Returns:
+        The digest in hexadecimal, None for a dataset without samples.
+    """
+    samples = getattr(dataset, "samples", None)
+    if samples is None:
+        return None
+    masks = samples.mask_path if "mask_path" in samples else [None] * len(samples)
+    items = zip(samples.image_path, samples.label_index, masks, strict=True)
+    lines = sorted(
+        f"{file_digest(image)} {label} {file_digest(mask) if mask else None}" for image, label, mask in items
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def file_digest(path: str) -> str:
+    """Return the SHA-256 of a file in hexadecimal; a file that has not changed is not read again."""
+    state = Path(path).stat()
+    return _file_digest(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=2**16)
+def _file_digest(path: str, _size: int, _changed: int) -> str:
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+@cache
+def commit() -> str | None:
+    """Return the commit of the checkout that is running, with a ``+`` if files have changed since; None outside of one.
+
+    It is looked up once: a checkout may move on while a long run still uses the code that it has loaded.
+    """
+    status = _git("status", "--porcelain", "--untracked-files=no", ".")
+    head = _git("rev-parse", "HEAD")
+    return head + ("+" if status else "") if head else None
+
+
+def _git(*command: str) -> str | None:
+    try:
+        done = subprocess.run(  # noqa: S603  # fixed arguments
+            ["git", "-C", str(Path(__file__).parent), *command],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # there is no git
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def device_name(device: "torch.device") -> str:
+    """Return the name of a GPU, or the processor's name with the number of threads."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return str(device)
+    return f"CPU {_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

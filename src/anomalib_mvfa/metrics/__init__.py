@@ -1,0 +1,1 @@
+"""Metrics, and how far to trust them."""

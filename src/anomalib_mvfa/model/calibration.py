@@ -1,0 +1,194 @@
+"""Calibration of a torch model on the support: memory bank, value ranges and thresholds.
+
+Axes: B images, N support views.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader
+
+from .fusion import value_range
+from .torch_model import BranchScores, MvfaModel, Tokens
+
+if TYPE_CHECKING:
+    from anomalib.data import ImageItem
+    from anomalib.post_processing import PostProcessor
+
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
+
+SUPPORT_BATCH = 16
+"""Support views scored at once."""
+THRESHOLDS = ("_image_threshold", "_pixel_threshold")
+"""Buffers of anomalib's post-processor, NaN until set."""
+
+
+class SupportBatch(NamedTuple):
+    """A batch of support views: ``image`` ``(B, 3, H, W)``, ``label`` ``(B,)``, and which image each is a view of."""
+
+    image: torch.Tensor
+    label: torch.Tensor
+    source: Sequence[str]
+
+
+@torch.no_grad()
+def fill_bank(model: MvfaModel, batches: Iterable[SupportBatch]) -> list[BranchScores]:
+    """Fill the bank from the normal views, and score every support image as if it were unseen.
+
+    The first view of an image stands for it; of a normal one, the bank rows of its own views are left out (with one
+    normal image, those of the first view only).
+
+    Args:
+        model: Model in eval mode.
+        batches: Support views, each image's unchanged view before its others.
+
+    Returns:
+        Scores of every support image, in order of appearance, for :func:`set_ranges`.
+
+    Raises:
+        ValueError: There is no normal view.
+    """
+    model.bank.clear()
+    bank: dict[str, list[list[torch.Tensor]]] = {branch: [] for branch in model.scoring.branches}
+    owners: list[str] = []
+    firsts: dict[str, Tokens] = {}
+    for batch in batches:
+        normal = (batch.label == 0).tolist()
+        new = [source not in firsts and source not in batch.source[:row] for row, source in enumerate(batch.source)]
+        used = [row for row in range(len(normal)) if normal[row] or new[row]]
+        if not used:
+            continue
+        tokens = model.tokens(batch.image[used])
+        in_bank = [position for position, row in enumerate(used) if normal[row]]
+        for branch, stored in bank.items():
+            stored.append([level[in_bank] for level in model.scored_tokens(tokens, branch)])
+        owners += [batch.source[used[position]] for position in in_bank]
+        for position, row in enumerate(used):
+            if new[row]:
+                one = slice(position, position + 1)
+                firsts[batch.source[row]] = Tokens([t[one] for t in tokens.seg], [t[one] for t in tokens.det])
+    if not owners:
+        msg = "The support holds no normal image, and the memory bank needs at least one."
+        raise ValueError(msg)
+    for branch in list(bank):  # one after the other, since they may be large
+        model.bank.store(branch, map(torch.cat, zip(*bank.pop(branch), strict=True)))
+    return [
+        model.branch_scores(tokens, model.text_features, _others(owners, source, tokens.seg[0].device))
+        for source, tokens in firsts.items()
+    ]
+
+
+def _others(owners: Sequence[str], source: str, device: torch.device) -> torch.Tensor | None:
+    """Which views ``(N,)`` an image is compared with as if it were unseen; None for all."""
+    keep = [owner != source for owner in owners]
+    if not any(keep):
+        logger.warning(
+            "One normal support image: its range is measured against its own other views, and may be narrow."
+        )
+        keep = [row > 0 or len(owners) == 1 for row in range(len(owners))]
+    return None if all(keep) else torch.tensor(keep, device=device)
+
+
+def score_support(
+    model: MvfaModel,
+    support: Any,  # noqa: ANN401  # any dataset of anomalib items
+    preprocess: Callable[[torch.Tensor], torch.Tensor],
+) -> list[tuple[BranchScores, "ImageItem"]]:
+    """Fill the bank by :func:`fill_bank` from a dataset.
+
+    Args:
+        model: Model in eval mode.
+        support: Support views, each image's unchanged view before its others.
+        preprocess: Makes the model's input of images ``(B, 3, H, W)``.
+
+    Returns:
+        Scores and item of every support image, scored as if it were unseen.
+    """
+    items: dict[str, ImageItem] = {}
+
+    def views() -> Iterator[SupportBatch]:
+        for batch in DataLoader(support, SUPPORT_BATCH, collate_fn=support.collate_fn):
+            for item in batch.items:
+                items.setdefault(item.image_path, item)
+            image = preprocess(batch.image)
+            yield SupportBatch(image, batch.gt_label.to(image.device), batch.image_path)
+
+    return list(zip(fill_bank(model, views()), items.values(), strict=True))
+
+
+@torch.no_grad()
+def set_ranges(model: MvfaModel, scores: Iterable[BranchScores]) -> None:
+    """Set the value ranges to the lowest and highest values that scores reach, by pixel and by image.
+
+    Args:
+        model: Model whose ``ranges`` are set.
+        scores: Scores of the images that set the ranges.
+    """
+    seen: list[torch.Tensor] = []
+    for batch in scores:
+        values = (*model.maps(batch), batch.zero, batch.few)
+        missing = model.ranges.new_tensor([0.0, 1.0])
+        seen.append(torch.stack([missing if value is None else value_range(value) for value in values]))
+    if seen:
+        extremes = torch.stack(seen)  # (batches, 4, 2)
+        low, high = extremes[..., 0].amin(dim=0), extremes[..., 1].amax(dim=0)
+        model.ranges.copy_(torch.stack([low, high], dim=-1).view(2, 2, 2))
+
+
+def is_calibrated(model: MvfaModel) -> bool:
+    """Whether a model's bank and value ranges, where they are in use, are there."""
+    scoring = model.scoring
+    if scoring.weights.few == 0:
+        return True
+    has_ranges = not (scoring.normalised and bool(model.ranges.isnan().any()))
+    return has_ranges and model.bank.filled.issuperset(scoring.branches)
+
+
+def forget_calibration(model: MvfaModel) -> None:
+    """Empty a model's bank and value ranges, which hold for the adapters as they were."""
+    if model.bank.filled:
+        model.bank.clear()
+        model.ranges.fill_(torch.nan)
+
+
+def thresholds_are_set(post_processor: Any) -> bool:  # noqa: ANN401  # anomalib's, another's or none
+    """Whether a post-processor has its image threshold, or no place for one."""
+    return not bool(torch.isnan(getattr(post_processor, THRESHOLDS[0], torch.zeros(()))))
+
+
+def reset_thresholds(post_processor: Any) -> None:  # noqa: ANN401
+    """Forget the thresholds of a post-processor."""
+    for name in THRESHOLDS:
+        if hasattr(post_processor, name):
+            getattr(post_processor, name).fill_(torch.nan)
+
+
+def set_thresholds(
+    post_processor: "PostProcessor",
+    model: MvfaModel,
+    support: Sequence[tuple[BranchScores, "ImageItem"]],
+) -> None:
+    """Find a post-processor's thresholds on support images, by anomalib's own rule (best F1).
+
+    Args:
+        post_processor: Anomalib's component.
+        model: Model that fuses scores.
+        support: Scores and item of every support image; there must be normal and abnormal ones.
+    """
+    from anomalib.data import ImageBatch
+
+    logger.info("Thresholds come from the %d support images: validation did not show both labels.", len(support))
+    device = model.ranges.device
+    hosts: Any = (None, None)  # trainer and module, which it does not read
+    for scores, item in support:
+        predictions = model.fuse(scores)
+        batch = ImageBatch(
+            image=torch.as_tensor(item.image)[None].to(device),
+            gt_label=torch.as_tensor(item.gt_label)[None].to(device),
+            gt_mask=None if item.gt_mask is None else item.gt_mask[None].to(device),
+            **{key: value for key, value in predictions._asdict().items() if value is not None},
+        )
+        post_processor.on_validation_batch_end(*hosts, batch)
+    post_processor.on_validation_epoch_end(*hosts)
