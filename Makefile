@@ -10,7 +10,7 @@ install: $(VENV)/.installed
 # An editable install keeps copies of the metadata and of the start-up hook; the rest is read from src.
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) $(wildcard src/anomalib_mvfa_hook.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(addprefix -c ,$(CONSTRAINTS)) -e '.[dev,openvino]'
+	$(BIN)/python -m pip install $(addprefix -c ,$(CONSTRAINTS)) -e '.[dev,docs,openvino]'
 	touch $@
 
 demo: install
@@ -18,6 +18,11 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# Warnings are errors, such as a name in a docstring that does not exist; nothing is read from the network.
+.PHONY: docs
+docs: install
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
 
 # In an environment of its own: the everyday one keeps its versions.
 lowest:

@@ -255,7 +255,7 @@ def arguments(clinic):
 
 
 def newest(folder):
-    """Return the newest checkpoint, as the README says, or None."""
+    """Return the newest checkpoint, as docs/checkpoints.md says, or None."""
     found = folder.glob("results/Mvfa/BMAD/Brain/v*/weights/lightning/model.ckpt")
     return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 

