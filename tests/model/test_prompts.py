@@ -1,10 +1,10 @@
-"""The prompts: how many, which, and what a list of patterns must be."""
+"""The prompts: how many, which, and what a list of texts must be."""
 
 import hashlib
 
 import pytest
 
-from anomalib_mvfa.model.prompts import ABNORMAL_STATES, NORMAL_STATES, TEMPLATES, check_slots, compose
+from anomalib_mvfa.model.prompts import ABNORMAL_STATES, NORMAL_STATES, TEMPLATES, Prompts
 
 
 def test_ensemble_is_the_published_one():
@@ -18,30 +18,25 @@ def test_ensemble_is_the_published_one():
 
 
 def test_every_state_goes_into_every_template():
-    prompts = compose("liver", ["{}", "{} with flaw"], ["a {}.", "the {}!"])
-    assert prompts == ["a liver.", "the liver!", "a liver with flaw.", "the liver with flaw!"]
-    assert len(compose("Brain", NORMAL_STATES, TEMPLATES)) == 7 * 35
+    normal, abnormal = Prompts(["{}", "{} with flaw"], ["broken {}"], ["a {}.", "the {}!"]).compose("liver")
+    assert normal == ["a liver.", "the liver!", "a liver with flaw.", "the liver with flaw!"]
+    assert abnormal == ["a broken liver.", "the broken liver!"]
 
 
-def test_check_slots_returns_a_plain_list():
-    checked = check_slots("templates", TEMPLATES)
-    assert type(checked) is list
-    assert tuple(checked) == TEMPLATES
+def test_what_is_not_given_is_published():
+    assert Prompts.given(normal_states=None, templates=["a {}"]) == Prompts(templates=["a {}"])
 
 
-@pytest.mark.parametrize("patterns", [[], ["a {}", "a photo"], ["{} and {}"], ["{0}"]])
-def test_check_slots_names_what_is_wrong(patterns):
-    bad = [pattern for pattern in patterns if pattern != "a {}"]
-    with pytest.raises(ValueError, match=r"templates must be a non-empty list .* exactly one '{}' each") as error:
-        check_slots("templates", patterns)
+@pytest.mark.parametrize("name", ["normal_states", "abnormal_states", "templates"])
+@pytest.mark.parametrize("texts", [[], ["a {}", "a photo"], ["{} and {}"], ["{0}"]])
+def test_what_is_wrong_is_named(name, texts):
+    bad = [text for text in texts if text != "a {}"]
+    with pytest.raises(ValueError, match=rf"{name} must be a non-empty list .* exactly one '{{}}' each") as error:
+        Prompts.given(**{name: texts})
     assert str(error.value).endswith(f"got {bad}")
 
 
-@pytest.mark.parametrize("pattern", ["{} with {size}", "{}} x"])
-def test_other_braces_are_refused_or_kept(pattern):
-    try:
-        checked = check_slots("states", [pattern])
-    except ValueError as error:
-        assert pattern in str(error)  # noqa: PT017  # refusing is one of two good answers
-    else:
-        assert compose("liver", checked, ["a {}."]) == [f"a {pattern.replace('{}', 'liver', 1)}."]
+@pytest.mark.parametrize("state", ["{} with {size}", "{}} x"])
+def test_other_braces_are_kept(state):
+    normal, _ = Prompts.given(normal_states=[state], templates=["a {}."]).compose("liver")
+    assert normal == [f"a {state.replace('{}', 'liver', 1)}."]
