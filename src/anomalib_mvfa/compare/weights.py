@@ -256,7 +256,7 @@ def _downloaded(name: str, load: Callable[[], Result]) -> Result:
         return load()
     except Exception as error:  # the downloaders raise whatever their transport raises
         msg = (
-            f"The weights of {name} could not be had ({_short(error)}). Name a file for this method in `weights`, "
+            f"The weights of {name} could not be loaded ({_short(error)}). Name a file for this method in `weights`, "
             "or null for random weights; or run once with a network."
         )
         raise RuntimeError(msg) from error

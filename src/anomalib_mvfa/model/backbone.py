@@ -247,15 +247,15 @@ def _read_weights(backbone: str, pretrained: str | None, config: dict[str, Any],
     if path.is_file():
         return _read_file(path)
     tags = open_clip.list_pretrained_tags_by_model(backbone)
-    ways_out = (
-        "Ways out: give pretrained= (or the environment variable ANOMALIB_MVFA_PRETRAINED) the path of a weight file, "
+    options = (
+        "Options: give pretrained= (or the environment variable ANOMALIB_MVFA_PRETRAINED) the path of a weight file, "
         "in OpenAI's or open_clip's form (.pt, .safetensors); or run once with a network; or "
         "pretrained=null for random weights, to try the software out."
     )
     if pretrained not in tags:
         msg = (
             f"pretrained={pretrained!r} is neither a file nor a tag of {backbone} (its tags: "
-            f"{', '.join(tags) or 'none'}). {ways_out}"
+            f"{', '.join(tags) or 'none'}). {options}"
         )
         looks_like_path = path.suffix or len(path.parts) > 1
         raise FileNotFoundError(msg) if looks_like_path else ValueError(msg)
@@ -263,7 +263,7 @@ def _read_weights(backbone: str, pretrained: str | None, config: dict[str, Any],
         config = open_clip.get_pretrained_cfg(backbone, pretrained)
         return _read_file(checked_download(Path(open_clip.download_pretrained(config))))
     except Exception as error:  # the downloaders raise whatever their transport raises
-        msg = f"The weights {pretrained!r} of {backbone} could not be loaded ({first_line(error)}). {ways_out}"
+        msg = f"The weights {pretrained!r} of {backbone} could not be loaded ({first_line(error)}). {options}"
         raise RuntimeError(msg) from error
 
 

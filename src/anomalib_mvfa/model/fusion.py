@@ -28,7 +28,7 @@ def fuse(
 ) -> torch.Tensor:
     """Fuse the branches' values, whatever their shape, into scores inside [0, 1].
 
-    With ranges, the weighted sum u of the values scaled by their ranges is squashed by a strictly increasing function
+    With ranges, the weighted sum u of the values scaled by their ranges is mapped by a strictly increasing function
     that never clamps: ranges come from few images, others may lie outside, and ties would spoil AUROC. Without, it is
     the weighted mean (paper, Eq. 6) over its largest possible value.
 
