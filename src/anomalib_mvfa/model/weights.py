@@ -139,16 +139,7 @@ def save_adapters(model: "MvfaModel", path: str | Path) -> None:
 def _fitted(state: Mapping[str, torch.Tensor], network: nn.Module, name: str, target: str, remedy: str) -> State:
     """Return a state dict in a network's number formats, once names, shapes and values are checked.
 
-    Args:
-        state: All of the network's parameters and buffers, and no others.
-        network: Network that the state is for.
-        name: Name of the state in errors.
-        target: Name of the network in errors.
-        remedy: What to do about a state that does not fit.
-
-    Raises:
-        ValueError: Names or shapes differ; or values are of another kind, such as the whole numbers of a quantised
-            file, or not finite.
+    Values must be finite floats: a quantised file has whole numbers, for instance.
     """
     expected = network.state_dict()
     missing, unknown = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
