@@ -210,7 +210,7 @@ def test_weights_without_a_network(monkeypatch):
         raise OSError(msg)
 
     monkeypatch.setattr("open_clip.download_pretrained", download)
-    message = r"The weights 'openai' of ViT-B-32 could not be had \(.*name resolution\)\. .*null"
+    message = r"The weights 'openai' of ViT-B-32 could not be loaded \(.*name resolution\)\. .*null"
     with pytest.raises(RuntimeError, match=message):
         Mvfa("ViT-B-32", pretrained="openai")
 

@@ -192,7 +192,7 @@ def test_clip_is_checked_once_it_is_downloaded(tmp_path, monkeypatch):
     blob = tmp_path / ("0" * 64)
     torch.save({}, blob)
     monkeypatch.setattr("open_clip.download_pretrained", lambda config: str(blob))
-    with pytest.raises(RuntimeError, match=r"'openai' of ViT-B-32 could not be had .*is not what its name says"):
+    with pytest.raises(RuntimeError, match=r"'openai' of ViT-B-32 could not be loaded .*is not what its name says"):
         ClipBackbone("ViT-B-32", "openai", 224)
 
 

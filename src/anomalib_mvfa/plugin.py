@@ -51,7 +51,7 @@ def attach(host: ModuleType) -> None:
         host.ALLOWED_MODULES.add(package.__name__)
 
 
-COMMANDS = {"compare": "compare.run", "repeat": "repeat", "report": "compare.report"}
+COMMANDS = {"compare": "compare.run", "repeat": "compare.repeat", "report": "compare.report"}
 """Commands of this package, and the modules whose ``main`` runs them."""
 
 

@@ -196,7 +196,7 @@ def test_failed_download(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(timm, "create_model", offline)
-        message = r"The weights of test_vit could not be had \(OSError.*resolution.*\)\. Name a file for this method in"
+        message = r"The weights of test_vit could not be loaded \(OSError.*resolution.*\)\. Name a file for this"
         with pytest.raises(RuntimeError, match=message):
             build_model(patchcore("test_vit"))
 

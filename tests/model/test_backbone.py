@@ -317,17 +317,17 @@ def test_image_smaller_than_a_patch(build, image_size):
         build(image_size=image_size)
 
 
-WAYS_OUT = r"Ways out: give pretrained=.*weight file.*or run once with a network; or pretrained=null"
+OPTIONS = r"Options: give pretrained=.*weight file.*or run once with a network; or pretrained=null"
 
 
 @pytest.mark.parametrize("name", ["nothing.pt", "nothing.safetensors", "folder/nothing"])
 def test_missing_file(build, tmp_path, name):
-    with pytest.raises(FileNotFoundError, match=f"nothing.*is neither a file nor a tag.*none.*{WAYS_OUT}"):
+    with pytest.raises(FileNotFoundError, match=f"nothing.*is neither a file nor a tag.*none.*{OPTIONS}"):
         build(tmp_path / name)
 
 
 def test_unknown_tag():
-    message = rf"'opnai' is neither a file nor a tag of ViT-B-32 \(its tags: .*openai.*{WAYS_OUT}"
+    message = rf"'opnai' is neither a file nor a tag of ViT-B-32 \(its tags: .*openai.*{OPTIONS}"
     with pytest.raises(ValueError, match=message):
         ClipBackbone("ViT-B-32", "opnai", 224)
 
@@ -338,7 +338,7 @@ def test_no_network(monkeypatch):
         raise ConnectionError(msg)
 
     monkeypatch.setattr(open_clip, "download_pretrained", fail)
-    message = rf"'openai' of ViT-B-32 could not be had \(ConnectionError: .*known\)\. {WAYS_OUT}"
+    message = rf"'openai' of ViT-B-32 could not be loaded \(ConnectionError: .*known\)\. {OPTIONS}"
     with pytest.raises(RuntimeError, match=message):
         ClipBackbone("ViT-B-32", "openai", 224)
 

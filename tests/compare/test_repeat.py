@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from anomalib_mvfa.repeat import main
+from anomalib_mvfa.compare.repeat import main
 
 
 def test_the_command_saves_means_and_intervals(mini_clip, phantom_root, tmp_path, capsys):

@@ -4,6 +4,7 @@ import json
 import re
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 
-from .io import atomic_write, commit, dataset_digest, device_name, versions
-from .metrics.bootstrap import METRICS, ScoreRecorder, Scores, bootstrap
+from ..io import atomic_write, commit, dataset_digest, device_name, versions
+from ..metrics.bootstrap import METRICS, ScoreRecorder, Scores, bootstrap
 
 
 class EveryEpoch(ModelCheckpoint):
@@ -90,7 +91,7 @@ def _run(seed: int, train: Sequence[str], every_epoch: bool) -> tuple[dict[str, 
         "test_set": dataset_digest(getattr(cli.datamodule, "test_data", None)),
         "epochs": trainer.current_epoch,
         "config": yaml.safe_load(cli.parser.dump(cli.config))["train"],
-        "settings": getattr(cli.model, "settings", None),
+        "settings": asdict(cli.model.settings) if hasattr(cli.model, "settings") else None,
         "last_epoch": _figures(trainer),
     }
     scores = recorder.scores  # of the last epoch; further tests begin anew
