@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 
@@ -71,15 +70,6 @@ def test_other_errors_are_unchanged(tmp_path, error):
     with pytest.raises(type(error)) as raised, io.explain_full_disk(tmp_path):
         raise error
     assert raised.value is error
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"no archive"])
-def test_corrupt_arrays_are_named(tmp_path, content):
-    np.savez(tmp_path / "complete.npz", a=[1, 2])
-    assert io.read_arrays(tmp_path / "complete.npz")["a"].tolist() == [1, 2]
-    (tmp_path / "scores.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"/scores\.npz cannot be read; it may be cut short\. Remove its folder"):
-        io.read_arrays(tmp_path / "scores.npz")
 
 
 # ---------------------------------------------------------------------------------------------------------- provenance

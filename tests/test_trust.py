@@ -14,10 +14,10 @@ from anomalib.engine import Engine
 
 from anomalib_mvfa import BMADOneClass, Mvfa, load_adapters
 from anomalib_mvfa.baselines.med_clip import StageBackbone
+from anomalib_mvfa.compare.bootstrap import Scores
 from anomalib_mvfa.compare.plan import Comparison
 from anomalib_mvfa.compare.results import Features, Pictures
 from anomalib_mvfa.compare.weights import build_model
-from anomalib_mvfa.metrics.bootstrap import Scores
 from anomalib_mvfa.model.backbone import ClipBackbone
 from anomalib_mvfa.model.weights import checked_download
 from recipe import TINY, adapter_weights

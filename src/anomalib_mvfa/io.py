@@ -11,8 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
     import torch
 
@@ -53,23 +51,6 @@ def save_atomically(content: Any, path: Path) -> None:  # noqa: ANN401  # whatev
 
     with atomic_write(path) as partial, partial.open("wb") as file:  # given a name, torch does not say why it failed
         torch.save(content, file)
-
-
-def read_arrays(path: Path) -> dict[str, Any]:
-    """Read the arrays of an ``.npz`` file written by this package.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is corrupt.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            return dict(saved)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever NumPy and zipfile raise on a corrupt file
-        msg = f"{path} cannot be read; it may be cut short. Remove its folder, and run again what wrote it."
-        raise ValueError(msg) from error
 
 
 def dataset_digest(dataset: Any) -> str | None:  # noqa: ANN401  # any dataset of anomalib items

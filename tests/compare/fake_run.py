@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from anomalib_mvfa.compare.bootstrap import Scores, image_aurocs, pixel_aurocs
 from anomalib_mvfa.compare.results import Features, Pictures, Row, job_folder, write_row
-from anomalib_mvfa.metrics.bootstrap import Scores, image_aurocs, pixel_aurocs
 
 EVIL = 'R&D <script>alert("x")</script>'
 """A name of a method that must reach the page as text."""

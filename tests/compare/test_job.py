@@ -14,9 +14,9 @@ from lightning import seed_everything
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from anomalib_mvfa.compare.bootstrap import Scores
 from anomalib_mvfa.compare.job import SIDE, CompareJob, Memory
 from anomalib_mvfa.compare.results import Features, Pictures, read_row, read_rows
-from anomalib_mvfa.metrics.bootstrap import Scores
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_a_full_disk_is_this_jobs_error(finished, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("anomalib_mvfa.metrics.bootstrap.Scores.save", full)
+    monkeypatch.setattr("anomalib_mvfa.compare.bootstrap.Scores.save", full)
     row, folder = finished("PatchCore")
     assert row.error.startswith(f"OSError: {folder} was not written (No space left on device)")
     assert sorted(path.name for path in folder.iterdir()) == ["error.txt", "row.json"]

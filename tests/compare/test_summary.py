@@ -8,9 +8,9 @@ import yaml
 from fake_run import make_row, write_config, write_job
 from sklearn.metrics import roc_auc_score
 
+from anomalib_mvfa.compare.bootstrap import Scores, bootstrap
 from anomalib_mvfa.compare.paper import paper_table
 from anomalib_mvfa.compare.summary import lacking, read_outcome, shots, summarise, tabulate
-from anomalib_mvfa.metrics.bootstrap import Scores, bootstrap
 
 
 def tables(run, metric="image_AUROC", k_shot=4, paper=None):

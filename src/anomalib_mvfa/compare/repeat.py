@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..io import atomic_write, commit, dataset_digest, device_name, versions
-from ..metrics.bootstrap import METRICS, ScoreRecorder, Scores, bootstrap
+from .bootstrap import METRICS, ScoreRecorder, Scores, bootstrap
 
 
 class EveryEpoch(ModelCheckpoint):

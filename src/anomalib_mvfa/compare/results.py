@@ -4,7 +4,7 @@
 
     RUN/config.yaml              the comparison, as it was asked for last
     RUN/jobs/<job>/row.json      the job's row; the last file that is written
-    RUN/jobs/<job>/scores.npz    what every test image scored, see `anomalib_mvfa.metrics.bootstrap.Scores`
+    RUN/jobs/<job>/scores.npz    what every test image scored, see `anomalib_mvfa.compare.bootstrap.Scores`
     RUN/jobs/<job>/pictures.npz  some test images and their maps, see `Pictures`
     RUN/jobs/<job>/features.npz  features with and without adapters, see `Features`; of MVFA only
     RUN/jobs/<job>/error.txt     the traceback of a job that failed
@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from ..io import explain_full_disk, read_arrays
+from ..io import explain_full_disk
+from .bootstrap import read_arrays
 
 
 @dataclass

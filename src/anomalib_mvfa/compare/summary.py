@@ -14,7 +14,7 @@ import yaml
 
 from ..data.bmad import CATEGORIES
 from ..data.support import group_of
-from ..metrics.bootstrap import Scores, bootstrap
+from .bootstrap import Scores, bootstrap
 from .paper import PaperTable
 from .results import Row, job_folder, read_rows
 
@@ -48,7 +48,7 @@ class Outcome:
         categories: In the order of tables.
         k_shots: Each K that was asked for.
         seeds: Each seed that was asked for.
-        group_by: See :func:`~anomalib_mvfa.metrics.bootstrap.bootstrap`.
+        group_by: See :func:`~anomalib_mvfa.compare.bootstrap.bootstrap`.
         rows: Finished jobs, in the order of tables.
         failed: Failed jobs, likewise.
         only: Categories of methods that are not for all, by method.
@@ -238,7 +238,7 @@ def summarise(run: Path, rows: Sequence[Row], group_by: str | None = None, resam
     Args:
         run: Folder of the run, which has the scores of each job.
         rows: Finished jobs.
-        group_by: See :func:`~anomalib_mvfa.metrics.bootstrap.bootstrap`.
+        group_by: See :func:`~anomalib_mvfa.compare.bootstrap.bootstrap`.
         resamples: Number of resamples of the bootstrap.
     """
     cells: dict[tuple[str, str, str, int | None], list[Row]] = {}

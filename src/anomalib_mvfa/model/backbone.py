@@ -18,6 +18,7 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
+from ..arguments import documented
 from .linear import linear
 from .weights import FLOATS, RANDOM_SEED, State, checked_download, fingerprint, first_line, load_state, read_state
 
@@ -28,22 +29,17 @@ TEXT_BATCH = 64
 _NOT_PARAMETERS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives
 
 
+@documented
 class ClipBackbone(nn.Module):
     """CLIP with a plain vision transformer, frozen and always in eval mode.
 
     Args:
-        backbone: Name of an open_clip model, or path of a model config in open_clip's JSON form.
-        pretrained: Tag of open_clip; or path of a weight file in OpenAI's or open_clip's form (.pt state dict,
-            safetensors, OpenAI's own TorchScript archive); or None for seeded random weights.
         image_size: Height and width of its input in pixels; the position grid is resized to it (bicubic, antialiased).
-        quick_gelu: Use QuickGELU, with which OpenAI's weights were trained, in place of GELU in both towers. MVFA's
-            published code does not.
 
     Attributes:
         depth: Number of blocks of the image tower.
         width: D.
         joint_width: E.
-        image_size: Height and width of its input in pixels.
         grid: G.
         mean: Mean of CLIP's images, per channel ``(3, 1, 1)``.
         std: Their standard deviation.
@@ -61,13 +57,7 @@ class ClipBackbone(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(
-        self,
-        backbone: str,
-        pretrained: str | None,
-        image_size: int,
-        quick_gelu: bool = False,
-    ) -> None:
+    def __init__(self, backbone: str, pretrained: str | None, image_size: int, quick_gelu: bool = False) -> None:
         super().__init__()
         config = _read_config(backbone)
         patch_size = config["vision_cfg"]["patch_size"]
@@ -102,22 +92,11 @@ class ClipBackbone(nn.Module):
         return super().train(False)
 
     def streams(self, image: torch.Tensor, ends: Sequence[int]) -> list[torch.Tensor]:
-        """Run the image tower as it is.
-
-        Args:
-            image: Images ``(B, 3, H, W)``.
-            ends: Numbers of blocks (from 1), increasing.
-
-        Returns:
-            The stream ``(B, L, D)`` after each of these blocks.
-        """
-        streams = []
-        x, start = self.embed(image), 0  # (B, L, D)
-        for end in ends:
-            x = self.blocks(x, start, end)
-            start = end
-            streams.append(x)
-        return streams
+        """Return the stream ``(B, L, D)`` of images ``(B, 3, H, W)`` after blocks (from 1), whose numbers increase."""
+        streams = [self.embed(image)]
+        for start, end in zip((0, *ends), ends, strict=False):
+            streams.append(self.blocks(streams[-1], start, end))
+        return streams[1:]
 
     def blocks(self, x: torch.Tensor, start: int, end: int) -> torch.Tensor:
         """Run blocks (from 1) after ``start`` up to ``end`` on tokens ``(B, L, D)``."""

@@ -49,15 +49,9 @@ def nearest_distance(query: torch.Tensor, bank: torch.Tensor, keep: torch.Tensor
 
 
 def spread_out(rows: torch.Tensor, share: float, seed: int) -> torch.Tensor:
-    """Choose a coreset: rows that leave no other row far from all of them.
+    """Return the numbers, in order, of a coreset: a share of rows ``(M, E)`` that leaves no other row far from them.
 
-    Args:
-        rows: ``(M, E)``.
-        share: Share of the rows to choose.
-        seed: Seed of the first row, and of the projection in which distances are measured.
-
-    Returns:
-        Their numbers, in order.
+    The seed draws the first row, and the projection in which distances are measured.
     """
     from anomalib.models.components import KCenterGreedy  # here, since it loads Lightning
 
@@ -143,15 +137,12 @@ class MemoryBank(nn.Module):
         tokens: Sequence[torch.Tensor],
         keep: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """Every patch's distance to the bank, level by level.
+        """Return every patch's distance to the bank, ``(B, P)`` per level, float32.
 
         Args:
             branch: "seg" or "det".
             tokens: Per level, tokens ``(B, L, E)``; the class token is dropped.
             keep: Which support views ``(N,)``, of those last stored, to compare with; all by default.
-
-        Returns:
-            Per level, distances ``(B, P)``, float32.
 
         Raises:
             RuntimeError: The branch's bank is empty.

@@ -100,12 +100,7 @@ class FitState:
 
     @classmethod
     def from_checkpoint(cls, saved: Mapping[str, Any], model: MvfaModel, backbone: str) -> "FitState":
-        """Return the state that :meth:`to_checkpoint` made.
-
-        Args:
-            saved: What it made.
-            model: Model that the checkpoint is loaded into.
-            backbone: What the error calls its backbone.
+        """Return the state that :meth:`to_checkpoint` made; ``backbone`` is what errors call the model's.
 
         Raises:
             RuntimeError: The checkpoint was made with another backbone, or has adapters at other levels.
@@ -140,12 +135,12 @@ def adapt_state_dict(
     model: MvfaModel,
     settings: Settings,
 ) -> None:
-    """Complete a checkpoint's state dict for strict loading, and leave out what other options than today's made.
+    """Complete a checkpoint's state dict in place for strict loading, and empty what other options made.
 
-    That is built anew from the support of the data at hand; a log line says so.
+    That is computed anew from the support of the data at hand; a log line says so.
 
     Args:
-        state: State dict of the checkpoint, changed in place.
+        state: State dict of the checkpoint.
         own: State dict of the module that loads it.
         saved: What :meth:`FitState.to_checkpoint` made.
         model: The module's torch model.

@@ -14,8 +14,7 @@ from anomalib.data import ImageBatch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..data.support import group_of
-from ..io import read_arrays
-from .binned import auroc, count
+from ..metrics.binned import auroc, count
 
 PIXEL_BINS = 1024
 """Number of bin edges for the interval of pixel AUROC; the metric itself uses finer bins. Half of the edges are evenly
@@ -155,3 +154,20 @@ def bootstrap(runs: Sequence[Scores], group_by: str | None, resamples: int, seed
             areas["pixel_AUROC"].append(pixel_aurocs(np.stack(run.pixels), weights))
     tails = [50 * (1 - COVERAGE), 50 * (1 + COVERAGE)]
     return {name: np.nanpercentile(np.mean(rows, axis=0), tails).tolist() for name, rows in areas.items() if rows}
+
+
+def read_arrays(path: Path) -> dict[str, Any]:
+    """Read the arrays of an ``.npz`` file written by this package.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is corrupt.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return dict(saved)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever NumPy and zipfile raise on a corrupt file
+        msg = f"{path} cannot be read; it may be cut short. Remove its folder, and run again what wrote it."
+        raise ValueError(msg) from error

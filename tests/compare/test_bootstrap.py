@@ -3,10 +3,11 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from anomalib_mvfa.metrics.bootstrap import ScoreRecorder, Scores, bootstrap, image_aurocs, pixel_aurocs
+from anomalib_mvfa.compare.bootstrap import ScoreRecorder, Scores, bootstrap, image_aurocs, pixel_aurocs, read_arrays
 
 
 def test_areas_equal_scikit_learns_with_weights_and_ties():
@@ -75,3 +76,12 @@ def test_scores_survive_saving(tmp_path):
     np.testing.assert_array_equal(loaded.pixels, run.pixels)
     Scores(["a.png"], [0], [0.5]).save(tmp_path / "scores.npz")
     assert Scores.load(tmp_path / "scores.npz").pixels == []
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"no archive"])
+def test_corrupt_arrays_are_named(tmp_path, content):
+    np.savez(tmp_path / "complete.npz", a=[1, 2])
+    assert read_arrays(tmp_path / "complete.npz")["a"].tolist() == [1, 2]
+    (tmp_path / "scores.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"/scores\.npz cannot be read; it may be cut short\. Remove its folder"):
+        read_arrays(tmp_path / "scores.npz")
