@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from anomalib_mvfa.compare.memory import return_freed_memory
 from anomalib_mvfa.data.phantom import write_phantom
-from anomalib_mvfa.memory import return_freed_memory
 from anomalib_mvfa.model.build import build_mvfa
 from anomalib_mvfa.model.torch_model import MvfaModel
 from recipe import MINI, TINY, ClipFiles, write_clip, write_config, write_support_list

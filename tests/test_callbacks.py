@@ -7,8 +7,8 @@ import torch
 from anomalib.engine import Engine
 
 from anomalib_mvfa import BMADFewShot, Dra, Mkd, Mvfa
+from anomalib_mvfa.callbacks import ADVICE, is_out_of_memory
 from anomalib_mvfa.io import commit, dataset_digest, versions
-from anomalib_mvfa.memory import ADVICE
 
 
 @pytest.fixture
@@ -66,3 +66,23 @@ def test_a_checkpoint_says_where_it_comes_from(build, engine, data, tmp_path, ki
     later.test(build(kind), datamodule=data, ckpt_path=trained.best_model_path)
     later.trainer.save_checkpoint(tmp_path / "again.ckpt")
     assert torch.load(tmp_path / "again.ckpt", weights_only=False)["provenance"] == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"), True),
+        (MemoryError(), True),
+        (RuntimeError("shape mismatch"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_out_of_memory_is_told_from_other_errors(error, expected):
+    assert is_out_of_memory(error) is expected
+
+
+def test_the_processors_own_error_is_known():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(error.value)

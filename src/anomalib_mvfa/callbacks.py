@@ -4,13 +4,24 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from .contract import dataset_of
 from .io import commit, dataset_digest, versions
-from .memory import ADVICE, is_out_of_memory
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
+
+ADVICE = (
+    "Out of memory. These options help, those without effect on scores first: a smaller eval_batch_size or "
+    "train_batch_size of the data; trainer.precision=bf16-mixed; a smaller k_shot or bank_images, or a coreset of the "
+    "memory bank; a smaller image_size or backbone; another device (trainer.accelerator)."
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of a device, or of the computer, did not suffice."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 class MemoryAdvice(Callback):

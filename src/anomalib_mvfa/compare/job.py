@@ -25,15 +25,16 @@ from pandas import DataFrame
 from PIL import Image
 from torch.nn.functional import interpolate
 
+from ..callbacks import ADVICE, is_out_of_memory
 from ..data.reading import read_image, read_mask
 from ..data.support import draw
 from ..io import commit, dataset_digest, device_name, versions
-from ..memory import ADVICE, is_out_of_memory, return_freed_memory, return_large_blocks
 from ..metrics.evaluator import default_evaluator
 from ..model.processing import OrderKeepingPostProcessor
 from ..model.torch_model import MvfaModel
 from .bootstrap import ScoreRecorder
 from .level_maps import level_maps
+from .memory import return_freed_memory, return_large_blocks
 from .plan import Job
 from .results import Features, Pictures, Row, write_row, writing
 from .weights import build_model

@@ -1,26 +1,13 @@
-"""What to do when memory runs out, and what keeps it from growing from job to job."""
+"""What keeps memory from growing from job to job."""
 
 import ctypes
 import gc
 from contextlib import suppress
 
-import torch
-
-ADVICE = (
-    "Out of memory. These options help, those without effect on scores first: a smaller eval_batch_size or "
-    "train_batch_size of the data; trainer.precision=bf16-mixed; a smaller k_shot or bank_images, or a coreset of the "
-    "memory bank; a smaller image_size or backbone; another device (trainer.accelerator)."
-)
-
 M_MMAP_THRESHOLD = -3
 """The C library's number of the parameter that says which blocks are large."""
 LARGE = 16 * 2**20
 """Size of a large block in bytes."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of a device, or of the computer, did not suffice."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def return_large_blocks() -> None:
