@@ -1,7 +1,7 @@
 """What the protocols share: the datamodules that they split, and loaders in an order of their own."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from anomalib.data import AnomalibDataModule, AnomalibDataset, get_datamodule
@@ -25,7 +25,6 @@ class SplitDataModule(AnomalibDataModule):
     """A datamodule that splits the images of other datamodules, its sources, by a protocol.
 
     Args:
-        sources: The sources; the first one is tested.
         train_batch_size: Images in a training batch.
         eval_batch_size: Images in a validation or test batch.
         num_workers: Processes that load images.
@@ -37,15 +36,15 @@ class SplitDataModule(AnomalibDataModule):
 
     Attributes:
         protocol: Settings that the protocol implies for the model.
-        category: Category of the tested source.
+        sources: The sources; the first one is tested.
     """
 
     protocol: ProtocolDefaults
+    sources: list[AnomalibDataModule]
     seed: int
 
     def __init__(
         self,
-        sources: Sequence[AnomalibDataModule],
         train_batch_size: int,
         eval_batch_size: int = 32,
         num_workers: int = 8,
@@ -68,8 +67,6 @@ class SplitDataModule(AnomalibDataModule):
             augmentations=augmentations,
             seed=seed,
         )
-        self.sources = list(sources)
-        self.category = self.sources[0].category
 
     @property
     def name(self) -> str:

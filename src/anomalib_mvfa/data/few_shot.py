@@ -59,7 +59,8 @@ class FewShot(SplitDataModule):
     ) -> None:
         check_bounds("k_shot", k_shot, 1)
         self.source = resolve_source(source)
-        super().__init__([self.source], train_batch_size, **kwargs)
+        super().__init__(train_batch_size, **kwargs)
+        self.sources, self.category = [self.source], self.source.category
         self.k_shot = k_shot
         self.abnormal_shots = k_shot if abnormal_shots is None else abnormal_shots
         check_bounds("abnormal_shots", self.abnormal_shots, 0)

@@ -53,8 +53,8 @@ class LeaveOneOut(SplitDataModule):
             raise ValueError(msg)
         self.target = resolved.pop(categories.index(held_out))
         self.training = resolved
-        super().__init__([self.target, *self.training], train_batch_size, **kwargs)
-        self.category = held_out
+        super().__init__(train_batch_size, **kwargs)
+        self.sources, self.category = [self.target, *self.training], held_out
 
     def _setup(self, _stage: str | None = None) -> None:
         train, val = [], []
