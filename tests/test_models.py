@@ -69,12 +69,20 @@ def build(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data(phantom_root, tmp_path_factory):
-    """Build a few-shot datamodule: the same images as Brain, with masks, and as Chest, without."""
+def categories(phantom_root, tmp_path_factory):
+    """Return a root with the same images as Brain, with masks, and as Chest, without."""
     root = tmp_path_factory.mktemp("categories")
     for category in ("Brain", "Chest"):
         shutil.copytree(phantom_root / "Brain", root / category)
-    return lambda category="Brain": BMADFewShot(root, category, k_shot=1, train_batch_size=22, num_workers=0)
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(categories):
+    """Build the few-shot datamodule of a category."""
+    return lambda category="Brain", train_batch_size=22: BMADFewShot(
+        categories, category, k_shot=1, train_batch_size=train_batch_size, num_workers=0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +208,8 @@ def test_anomalib_is_told_the_same(fitted):
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 def test_half_precision_of_data_without_masks(build, data, engine, kind):
     category = "Brain" if kind is Bgad else "Chest"  # it learns from masks
-    runner, model = engine(precision="bf16-mixed"), build(kind)
-    runner.fit(model, datamodule=data(category))
+    runner, model = engine(precision="bf16-mixed", limit_train_batches=1, limit_val_batches=1), build(kind)
+    runner.fit(model, datamodule=data(category, train_batch_size=2))
     figures = runner.test(model, datamodule=data(category), verbose=False)[0]
     assert ("pixel_AUROC" in figures) == (category == "Brain")
     assert all(0 <= value <= 1 for value in figures.values())
@@ -234,9 +242,10 @@ def test_every_argument_is_documented(kind):
 
 def test_the_environment_sets_the_defaults(build):
     code = """
-    from anomalib_mvfa import AprilGan, Bgad, Clip, Dra, MedClip, Mkd, Mvfa
+    from anomalib_mvfa import AprilGan, Clip, Dra, MedClip, Mvfa
     for kind in (AprilGan, Clip, Dra, MedClip, Mvfa):
-        print(kind().hparams.get("pretrained", kind().hparams.get("pre_trained")))
+        arguments = kind().hparams
+        print(arguments.get("pretrained", arguments.get("pre_trained")))
     """
     environment = {"ANOMALIB_MVFA_BACKBONE": build(Clip).hparams["backbone"], "ANOMALIB_MVFA_PRETRAINED": "null"}
     done = subprocess.run(
@@ -315,8 +324,7 @@ torch.save(results, f"{out}-{engine.trainer.global_rank}.pt")
 """
 
 
-def test_two_processes_equal_one(tiny_config, data, tmp_path):
-    categories = data().root
+def test_two_processes_equal_one(tiny_config, categories, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(DISTRIBUTED)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -132,19 +132,20 @@ def _network(backbone: str, pretrained: str | None) -> nn.Module:
 
 def _read(path: Path) -> State:
     """Read a state dict, from the archive that it is published in too."""
+    members = []
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            members = [name for name in archive.namelist() if name.rpartition("/")[2] == MEMBER]
-            if members:
-                try:
-                    return torch.load(io.BytesIO(archive.read(members[0])), map_location="cpu", weights_only=True)
-                except Exception as error:
-                    msg = (
-                        f"pretrained={str(path)!r} cannot be read ({first_line(error)}); its {MEMBER} must be a state "
-                        "dict without code, and complete."
-                    )
-                    raise ValueError(msg) from error
-    return read_state(path)
+            members = [archive.read(name) for name in archive.namelist() if name.rpartition("/")[2] == MEMBER]
+    if not members:
+        return read_state(path)
+    try:
+        return torch.load(io.BytesIO(members[0]), map_location="cpu", weights_only=True)
+    except Exception as error:
+        msg = (
+            f"pretrained={str(path)!r} cannot be read ({first_line(error)}); its {MEMBER} must be a state dict without "
+            "code, and complete."
+        )
+        raise ValueError(msg) from error
 
 
 def tower_state(state: State) -> State:

@@ -127,7 +127,7 @@ class WindowModel(WinClipModel):
         """Return embeddings ``(B, W, E)`` of windows, from an image's tokens and the patches ``(P, W)`` of windows."""
         tower = self.clip.visual
         class_token = torch.zeros_like(masks[:1])
-        tokens = feature_map[:, torch.cat([class_token, masks + 1]).T]  # (B, W, 1 + P, D)
+        tokens = feature_map[:, torch.cat([class_token, masks + 1]).T.long()]  # (B, W, 1 + P, D)
         tokens = tower.ln_pre(tokens.flatten(0, 1))  # (B * W, 1 + P, D)
         for index in range(self.tower.depth):
             tokens = self.tower.block(index, tokens)
