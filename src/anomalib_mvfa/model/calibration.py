@@ -96,16 +96,7 @@ def score_support(
     support: Any,  # noqa: ANN401  # any dataset of anomalib items
     preprocess: Callable[[torch.Tensor], torch.Tensor],
 ) -> list[tuple[BranchScores, "ImageItem"]]:
-    """Fill the bank by :func:`fill_bank` from a dataset.
-
-    Args:
-        model: Model in eval mode.
-        support: Support views, each image's unchanged view before its others.
-        preprocess: Makes the model's input of images ``(B, 3, H, W)``.
-
-    Returns:
-        Scores and item of every support image, scored as if it were unseen.
-    """
+    """Fill the bank by :func:`fill_bank` from a dataset; return scores and item of every support image."""
     items: dict[str, ImageItem] = {}
 
     def views() -> Iterator[SupportBatch]:
@@ -120,12 +111,7 @@ def score_support(
 
 @torch.no_grad()
 def set_ranges(model: MvfaModel, scores: Iterable[BranchScores]) -> None:
-    """Set the value ranges to the lowest and highest values that scores reach, by pixel and by image.
-
-    Args:
-        model: Model whose ``ranges`` are set.
-        scores: Scores of the images that set the ranges.
-    """
+    """Set a model's value ranges to the lowest and highest values that scores reach, by pixel and by image."""
     seen: list[torch.Tensor] = []
     for batch in scores:
         values = (*model.maps(batch), batch.zero, batch.few)
@@ -150,7 +136,7 @@ def forget_calibration(model: MvfaModel) -> None:
     """Empty a model's bank and value ranges, which hold for the adapters as they were."""
     if model.bank.filled:
         model.bank.clear()
-        model.ranges.fill_(torch.nan)
+    model.ranges.fill_(torch.nan)
 
 
 def thresholds_are_set(post_processor: Any) -> bool:  # noqa: ANN401  # anomalib's, another's or none
@@ -170,13 +156,7 @@ def set_thresholds(
     model: MvfaModel,
     support: Sequence[tuple[BranchScores, "ImageItem"]],
 ) -> None:
-    """Find a post-processor's thresholds on support images, by anomalib's own rule (best F1).
-
-    Args:
-        post_processor: Anomalib's component.
-        model: Model that fuses scores.
-        support: Scores and item of every support image; there must be normal and abnormal ones.
-    """
+    """Find a post-processor's thresholds on support images of both labels, by anomalib's own rule (best F1)."""
     from anomalib.data import ImageBatch
 
     logger.info("Thresholds come from the %d support images: validation did not show both labels.", len(support))

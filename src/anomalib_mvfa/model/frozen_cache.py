@@ -43,15 +43,9 @@ class FrozenCache:
         compute: Callable[[torch.Tensor], torch.Tensor],
         condition: Hashable = None,
     ) -> torch.Tensor:
-        """Return what is kept of images, computing the rest.
+        """Return tokens ``(l, B, L, D)`` of images ``(B, 3, H, W)``, computing those that are not kept.
 
-        Args:
-            image: ``(B, 3, H, W)``.
-            compute: Makes ``(l, B, L, D)`` of images; a function of each image.
-            condition: What else its result depends on; under another one, and on another device, all is forgotten.
-
-        Returns:
-            ``(l, B, L, D)``.
+        ``condition`` is what else ``compute`` depends on; under another one, and on another device, all is forgotten.
         """
         condition = (condition, image.device)
         if condition != self._condition:

@@ -19,16 +19,7 @@ _HAS_ONEDNN = (
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return ``x @ weight.T + bias``, as ``torch.nn.functional.linear`` does up to rounding.
-
-    Args:
-        x: Features ``(..., D)``.
-        weight: Rows ``(E, D)``.
-        bias: ``(E,)``.
-
-    Returns:
-        ``(..., E)``.
-    """
+    """Return ``x @ weight.T + bias`` ``(..., E)``, as ``torch.nn.functional.linear`` does up to rounding."""
     if not _by_onednn(x, weight):
         return functional.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):

@@ -14,14 +14,9 @@ DICE_SMOOTHING = 1.0
 
 
 def focal_loss(probabilities: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Focal loss with gamma 2.
+    """Focal loss with gamma 2 of normal and abnormal probabilities ``(B, 2, H, W)``, mean over all pixels.
 
-    Args:
-        probabilities: Normal and abnormal ``(B, 2, H, W)``.
-        mask: 1 where abnormal ``(B, H, W)``.
-
-    Returns:
-        Mean over all pixels, a scalar.
+    The mask ``(B, H, W)`` is 1 where abnormal.
     """
     target = torch.stack([1 - mask, mask], dim=1).clamp(FOCAL_SMOOTHING, 1 - FOCAL_SMOOTHING)
     # The published code adds the smoothing once more to the probability, in both factors.

@@ -135,16 +135,10 @@ def adapt_state_dict(
     model: MvfaModel,
     settings: Settings,
 ) -> None:
-    """Complete a checkpoint's state dict in place for strict loading, and empty what other options made.
+    """Complete a checkpoint's state dict for strict loading by a module with the state dict ``own``.
 
-    That is computed anew from the support of the data at hand; a log line says so.
-
-    Args:
-        state: State dict of the checkpoint.
-        own: State dict of the module that loads it.
-        saved: What :meth:`FitState.to_checkpoint` made.
-        model: The module's torch model.
-        settings: Settings in use now.
+    What other options than those in use now have made is emptied, to be computed anew from the support of the data at
+    hand; a log line says so.
     """
     state.update({key: value for key, value in own.items() if key.startswith(BACKBONE_PREFIX)})
     changed = [name for name, value in scoring_options(model).items() if saved["options"][name] != value]

@@ -79,16 +79,9 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], backbone: str, pretrained: str | None) -> None:
-    """Load a state dict, which must fit.
+    """Load a state dict, or raise ValueError where it does not fit and leave the network unchanged.
 
-    Args:
-        network: Network that receives it.
-        state: All of the network's parameters and buffers, and no others.
-        backbone: Name of the network in errors.
-        pretrained: Name of the state in errors.
-
-    Raises:
-        ValueError: It does not fit; the network is unchanged.
+    ``backbone`` and ``pretrained`` are what errors call the network and the state.
     """
     fit = f"backbone={backbone!r}", "Name the backbone that the file was made for."
     network.load_state_dict(_fitted(state, network, f"The weights {pretrained!r}", *fit))
