@@ -7,7 +7,7 @@ import torch
 from common import arguments, peak_memory_mb, write
 from sklearn.metrics import roc_auc_score
 
-from anomalib_mvfa.metrics.binned import BinnedAUROC
+from anomalib_mvfa.metrics.pixel_metrics import BinnedAUROC
 
 MAPS, BATCH = 4000, 32
 

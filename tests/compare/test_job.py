@@ -37,7 +37,7 @@ def test_patchcore_equals_anomalibs_command_line(finished, two_categories, tmp_p
         "--model": "Patchcore",
         "--model.backbone": "resnet18",
         "--model.pre_trained": "false",
-        "--model.post_processor": "anomalib_mvfa.model.processing.OrderKeepingPostProcessor",
+        "--model.post_processor": "anomalib_mvfa.model.export.OrderKeepingPostProcessor",
         "--model.evaluator": "anomalib_mvfa.metrics.evaluator.default_evaluator",
         "--model.visualizer": "false",
         "--data": "BMADFewShot",

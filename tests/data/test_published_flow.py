@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from anomalib.cli.cli import AnomalibCLI
+from anomalib_mvfa.repeat import ScoreRecorder
 
 from anomalib_mvfa.model.torch_model import MvfaModel
-from anomalib_mvfa.repeat import ScoreRecorder
 from recipe import write_support_list
 
 FIGURES = json.loads((Path(__file__).parents[1] / "figures" / "e2e_mini.json").read_text())

@@ -8,7 +8,7 @@ from anomalib.pre_processing import PreProcessor
 from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
-from anomalib_mvfa.model.processing import (
+from anomalib_mvfa.model.export import (
     AntialiasedPreProcessor,
     OrderKeepingPostProcessor,
     ThresholdScaledPostProcessor,

@@ -19,7 +19,7 @@ from ..model.adapters import BranchAdapters
 from ..model.backbone import ClipBackbone
 from ..model.build import check_levels
 from ..model.fusion import Weights
-from ..model.lightning_fusion import FusionMixin
+from ..model.lightning_hooks import FusionMixin
 from ..model.memory_bank import MemoryBank
 from ..model.state import Settings
 from ..model.torch_model import MvfaModel, Scoring, Tokens

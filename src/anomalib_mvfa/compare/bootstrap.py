@@ -14,7 +14,7 @@ from anomalib.data import ImageBatch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..data.support import group_of
-from ..metrics.binned import auroc, count
+from ..metrics.pixel_metrics import auroc, count
 
 PIXEL_BINS = 1024
 """Number of bin edges for the interval of pixel AUROC; the metric itself uses finer bins. Half of the edges are evenly

@@ -30,7 +30,7 @@ from ..data.reading import read_image, read_mask
 from ..data.support import draw
 from ..io import commit, dataset_digest, device_name, versions
 from ..metrics.evaluator import default_evaluator
-from ..model.processing import OrderKeepingPostProcessor
+from ..model.export import OrderKeepingPostProcessor
 from ..model.torch_model import MvfaModel
 from .bootstrap import ScoreRecorder
 from .level_maps import level_maps

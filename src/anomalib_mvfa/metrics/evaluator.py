@@ -3,7 +3,7 @@
 from anomalib import metrics
 from anomalib.metrics import AnomalibMetric, Evaluator
 
-from .binned import BinnedAUPR, BinnedAUPRO, BinnedAUROC
+from .pixel_metrics import BinnedAUPR, BinnedAUPRO, BinnedAUROC
 
 
 def default_evaluator() -> Evaluator:

@@ -1,4 +1,4 @@
-"""From patches to maps of the image's size.
+"""From patches to maps of the image's size, and from a map to a score.
 
 Axes: B images, P = G*G patches, H = W image size.
 """
@@ -35,3 +35,8 @@ def state_probabilities(logits: torch.Tensor, size: int, upsampled: str = "logit
     if upsampled == "probabilities":
         return upsample(grid.softmax(dim=1), size)
     return upsample(grid, size).softmax(dim=1)
+
+
+def map_maximum(anomaly_map: torch.Tensor) -> torch.Tensor:
+    """Return the highest value ``(B,)`` of maps ``(B, H, W)``: the image score "map_max"."""
+    return anomaly_map.amax(dim=(-2, -1))

@@ -22,8 +22,7 @@ from ..contract import dataset_of
 from ..data.reading import refuse_high_bit_depth
 from ..io import save_atomically
 from ..metrics.evaluator import default_evaluator
-from .export import ExportMixin
-from .processing import AntialiasedPreProcessor, OrderKeepingPostProcessor
+from .export import AntialiasedPreProcessor, ExportMixin, OrderKeepingPostProcessor
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 

@@ -16,7 +16,7 @@ from ..arguments import DEFAULT_BACKBONE, DEFAULT_PRETRAINED, check_arguments, d
 from ..contract import class_name_of
 from .build import build_mvfa
 from .frozen_cache import FrozenCache
-from .lightning_fusion import FusionMixin
+from .lightning_hooks import FusionMixin
 from .losses import MvfaLoss
 from .prompts import Prompts
 from .state import Settings

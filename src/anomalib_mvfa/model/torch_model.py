@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 
 from ..arguments import check_arguments, documented
 from .adapters import BRANCHES, BranchAdapters, add_to_stream
-from .anomaly_map import state_probabilities, to_grid, upsample
+from .anomaly_map import map_maximum, state_probabilities, to_grid, upsample
 from .frozen_cache import FrozenCache
 from .fusion import Weights, fuse
 from .memory_bank import MemoryBank
@@ -268,7 +268,7 @@ class MvfaModel(nn.Module, metaclass=_FromNames):
         map_ranges, score_ranges = self.ranges if self.scoring.normalised else (None, None)
         anomaly_map = fuse(*self.maps(scores), self.scoring.weights, map_ranges)
         if self.scoring.image_score == "map_max":
-            pred_score = anomaly_map.amax(dim=(-2, -1))
+            pred_score = map_maximum(anomaly_map)
         else:
             pred_score = fuse(scores.zero, scores.few, self.scoring.weights, score_ranges)
         return InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map)

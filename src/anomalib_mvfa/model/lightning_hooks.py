@@ -22,8 +22,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from ..contract import DataFacts, class_name_of, describe, has_label
 from ..data.support import support_of
 from . import calibration
+from .export import ThresholdScaledPostProcessor
 from .lightning_base import AnomalibMixin, plan_epochs
-from .processing import ThresholdScaledPostProcessor
 from .state import BACKBONE_PREFIX, FitState, Settings, adapt_state_dict
 from .torch_model import BranchScores, MvfaModel
 

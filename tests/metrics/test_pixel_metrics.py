@@ -5,7 +5,7 @@ import torch
 from anomalib.metrics import aupro
 from sklearn.metrics import auc, precision_recall_curve, roc_auc_score
 
-from anomalib_mvfa.metrics.binned import BINS, BinnedAUPR, BinnedAUPRO, BinnedAUROC
+from anomalib_mvfa.metrics.pixel_metrics import BINS, BinnedAUPR, BinnedAUPRO, BinnedAUROC
 
 METRICS = [BinnedAUROC, BinnedAUPR, BinnedAUPRO]
 
