@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, ImageBatch
@@ -30,6 +30,15 @@ LIGHTNING_MAX_EPOCHS = 1000
 """What Lightning trains for when it is told nothing."""
 
 
+class Components(TypedDict, total=False):
+    """Anomalib's components of a model, or whether to use the default ones."""
+
+    pre_processor: nn.Module | bool
+    post_processor: nn.Module | bool
+    evaluator: Evaluator | bool
+    visualizer: Visualizer | bool
+
+
 class AnomalibMixin(ExportMixin):  # no AnomalibModule itself: anomalib would list it as a model
     """Defaults that all models share; to be named before ``AnomalibModule``."""
 
@@ -39,10 +48,10 @@ class AnomalibMixin(ExportMixin):  # no AnomalibModule itself: anomalib would li
     def __init__(
         self,
         image_size: int | None,
-        pre_processor: nn.Module | bool,
-        post_processor: nn.Module | bool,
-        evaluator: Evaluator | bool,
-        visualizer: Visualizer | bool,
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
     ) -> None:
         if pre_processor is True and image_size is not None:
             pre_processor = self.configure_pre_processor((image_size, image_size))

@@ -2,12 +2,11 @@
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from anomalib.data import ImageBatch
-from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
-from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torchvision.transforms.v2 import Resize
@@ -21,6 +20,11 @@ from .losses import MvfaLoss
 from .prompts import Prompts
 from .state import Settings
 from .weights import load_adapters
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .lightning_base import Components
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -155,17 +159,14 @@ class Mvfa(AdapterTrainingMixin, AnomalibModule):
         bce: str = "logits",
         upsample: str = "logits",
         seed: int = 0,
-        pre_processor: nn.Module | bool = True,
-        post_processor: nn.Module | bool = True,
-        evaluator: Evaluator | bool = True,
-        visualizer: Visualizer | bool = True,
+        **components: "Unpack[Components]",
     ) -> None:
         check_arguments(locals())
         if zero_shot_weight == 0 and few_shot_weight == 0:
             msg = "zero_shot_weight and few_shot_weight are both 0; one branch at least must have weight."
             raise ValueError(msg)
         prompts = Prompts.given(normal_states=normal_states, abnormal_states=abnormal_states, templates=templates)
-        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
+        super().__init__(image_size, **components)
         model = build_mvfa(
             str(backbone),
             optional_text(pretrained),
