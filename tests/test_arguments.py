@@ -41,12 +41,8 @@ def test_docstrings_are_completed_by_the_table():
             ValueError: Never.
         """
 
-    assert build.__doc__.splitlines()[3:7] == [
-        "    levels: Our own words.",
-        f"    seed: {ARGUMENTS['seed'].help}",
-        "",
-        "Raises:",
-    ]
+    of_seed = f"    seed: {ARGUMENTS['seed'].help}"
+    assert build.__doc__.splitlines()[3:7] == ["    levels: Our own words.", of_seed, "", "Raises:"]
 
     @documented
     class Model:
@@ -54,7 +50,7 @@ def test_docstrings_are_completed_by_the_table():
 
         def __init__(self, seed=0) -> None: ...
 
-    assert Model.__doc__ == f"A model.\n\nArgs:\n    seed: {ARGUMENTS['seed'].help}\n"
+    assert Model.__doc__ == f"A model.\n\nArgs:\n{of_seed}\n"
 
 
 class Colour(str, Enum):

@@ -45,11 +45,9 @@ def test_adapters_start_from_the_seed_as_linear_layers_do(build):
 
 
 def test_it_imports_neither_lightning_nor_anomalib():
-    code = (
-        "import sys; from anomalib_mvfa import MvfaModel, build_mvfa; print({'anomalib', 'lightning'} & {*sys.modules})"
-    )
+    code = "import sys; from anomalib_mvfa import MvfaModel, build_mvfa; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    assert not {"anomalib", "lightning"} & {*done.stdout.split()}
 
 
 def test_a_model_of_names_is_still_built(tiny_config):
