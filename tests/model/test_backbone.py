@@ -121,9 +121,9 @@ def test_position_grid_is_resized(build, weights, image_size):
 @torch.no_grad()
 @pytest.mark.parametrize("image_size", [43, 55])
 def test_pixels_that_fill_no_patch_are_left_out(build, image_size):
-    image = images("odd", 1, image_size)
-    assert build(image_size=image_size).grid == 3
-    assert torch.equal(build(image_size=image_size).embed(image), build().embed(image[..., :SIZE, :SIZE]))
+    backbone, image = build(image_size=image_size), images("odd", 1, image_size)
+    assert backbone.grid == 3
+    assert torch.equal(backbone.embed(image), build().embed(image[..., :SIZE, :SIZE]))
 
 
 def test_it_is_frozen_and_stays_in_eval_mode(build, tmp_path):
