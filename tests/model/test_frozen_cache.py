@@ -6,7 +6,6 @@ import pickle
 import pytest
 import torch
 
-from anomalib_mvfa.model.build import build_mvfa
 from anomalib_mvfa.model.frozen_cache import FrozenCache
 from recipe import TINY, images
 
@@ -58,18 +57,13 @@ def test_memory_is_bounded_and_what_does_not_fit_is_right_all_the_same(picture):
     assert compute.images == 5 + 3
 
 
-def test_another_condition_forgets_everything(picture):
+def test_another_condition_forgets_everything_and_kept_tokens_are_copies(picture):
     cache, compute = FrozenCache(), Counter()
     cache.tokens(picture, compute, condition="float32")
-    cache.tokens(picture, compute, condition="bfloat16")
+    cache.tokens(picture, compute, condition="bfloat16").zero_()
     assert compute.images == 10
     assert len(cache) == 5
-
-
-def test_kept_tokens_are_copies(picture):
-    cache = FrozenCache()
-    cache.tokens(picture, Counter()).zero_()
-    assert cache.tokens(picture, Counter()).any()
+    assert cache.tokens(picture, compute, condition="bfloat16").any()
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])  # noqa: S301
@@ -81,10 +75,9 @@ def test_copies_are_empty(picture, duplicate):
 
 
 @pytest.mark.parametrize("adaptation", ["adapter", "projector"])
-def test_training_is_the_same_with_it(tiny_config, adaptation):
-    model = build_mvfa(str(tiny_config), None, TINY.image_size, adaptation=adaptation).train()
+def test_training_is_the_same_with_it(build, text, adaptation):
+    model = build(adaptation=adaptation).train()
     image = images("cache", 3, TINY.image_size)
-    text = torch.nn.functional.normalize(images("text", 1, 24)[0, 0, :, :2], dim=0)
     gradients = []
     for cache in (None, FrozenCache()):
         model.cache = cache

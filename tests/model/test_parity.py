@@ -25,15 +25,11 @@ from anomalib_mvfa.model.weights import load_adapters
 from recipe import MINI, VITL, Clip, adapter_weights, clip_weights, images, lesioned, write_config
 
 FIGURES = Path(__file__).parents[1] / "figures"
-NOUNS = {name: category.class_name for name, category in CATEGORIES.items()}
+CLASS_NAMES = {name: category.class_name for name, category in CATEGORIES.items()}
 
 
 class Figures:
-    """One file of figures, and how far an array is from them.
-
-    Args:
-        name: Of the file.
-    """
+    """One file of figures, and how far an array is from them."""
 
     def __init__(self, name: str) -> None:
         self.arrays = json.loads((FIGURES / f"{name}.json").read_text())
@@ -55,13 +51,7 @@ class Figures:
 
 
 class Images:
-    """The support and the queries of a CLIP's figures.
-
-    Args:
-        clip: Its image size is theirs.
-        support: Normal and again abnormal support images.
-        queries: Normal and again abnormal queries.
-    """
+    """The support and the queries of a CLIP's figures: so many normal images, and as many abnormal ones, of each."""
 
     def __init__(self, clip: Clip, support: int, queries: int) -> None:
         size = clip.image_size
@@ -156,9 +146,9 @@ def model(mini_model, mini_clip):
     return mini_model.eval()
 
 
-@pytest.mark.parametrize("category", NOUNS)
+@pytest.mark.parametrize("category", CLASS_NAMES)
 def test_text_features(mini, mini_model, category):
-    mini.check(f"text/{category}", mini_model.encode_states(NOUNS[category]), 1e-5)
+    mini.check(f"text/{category}", mini_model.encode_states(CLASS_NAMES[category]), 1e-5)
 
 
 def test_quarter_points_are_the_levels(mini_model):

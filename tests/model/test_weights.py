@@ -9,7 +9,6 @@ from torch import nn
 
 from anomalib_mvfa.io import file_digest
 from anomalib_mvfa.model.backbone import ClipBackbone, _openai_digests
-from anomalib_mvfa.model.build import build_mvfa
 from anomalib_mvfa.model.weights import load_adapters, read_state, save_adapters
 from recipe import TINY, adapter_weights
 
@@ -31,7 +30,7 @@ def untouched(tiny_model):
     before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
     yield tiny_model
     for name, value in tiny_model.state_dict().items():
-        assert torch.equal(value, before[name]) or value.isnan().any(), f"{name} has changed"
+        assert torch.allclose(value, before[name], atol=0, rtol=0, equal_nan=True), f"{name} has changed"
 
 
 def test_published_form_is_loaded(tiny_model, published, tmp_path):
@@ -49,17 +48,17 @@ def test_saved_adapters_come_back(tiny_model, tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["adapters.pth"]
     saved = torch.load(path, weights_only=True)
     assert set(saved) == set(BRANCHES)
-    expected = {branch: {name: w.clone() for name, w in saved[branch].items()} for branch in BRANCHES}
-    for parameter in (*tiny_model.seg_adapters.parameters(), *tiny_model.det_adapters.parameters()):
-        parameter.data.zero_()
-    load_adapters(tiny_model, path)
     for branch in BRANCHES:
-        assert all(torch.equal(w, expected[branch][n]) for n, w in getattr(tiny_model, branch).state_dict().items())
-        assert all(w.any() for w in expected[branch].values())
+        adapters = getattr(tiny_model, branch)
+        expected = {name: weight.clone() for name, weight in adapters.state_dict().items()}
+        assert all(torch.equal(saved[branch][name], weight) for name, weight in expected.items())
+        adapters.load_state_dict({name: torch.zeros_like(weight) for name, weight in expected.items()})
+        load_adapters(tiny_model, path)
+        assert all(torch.equal(weight, expected[name]) for name, weight in adapters.state_dict().items())
 
 
-def test_loading_keeps_what_learns(tiny_config, published, tmp_path):
-    model = build_mvfa(str(tiny_config), None, TINY.image_size, train_levels=[2])
+def test_loading_keeps_what_learns(build, published, tmp_path):
+    model = build(train_levels=[2])
     torch.save(published, tmp_path / "adapters.pth")
     load_adapters(model, tmp_path / "adapters.pth")
     learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -68,103 +67,68 @@ def test_loading_keeps_what_learns(tiny_config, published, tmp_path):
 
 def test_failed_save_leaves_the_old_file(tiny_model, tmp_path, monkeypatch):
     path = tmp_path / "adapters.pth"
-    save_adapters(tiny_model, path)
-    old = path.read_bytes()
-
-    def cut_short(state, file):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("torch.save", cut_short)
-    with pytest.raises(KeyboardInterrupt):
+    path.write_bytes(b"old")
+    monkeypatch.setattr("torch.save", lambda state, file: file.write(b"half") / 0)
+    with pytest.raises(ZeroDivisionError):
         save_adapters(tiny_model, path)
-    assert path.read_bytes() == old
+    assert path.read_bytes() == b"old"
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda value: (100 * value).to(torch.int8), "have values of int8 in "),
-        (lambda value: value.double() * 1e300, "have values that are not finite"),
-        (lambda value: value * torch.nan, "have values that are not finite"),
-        (lambda value: value / 0, "have values that are not finite"),
-    ],
-)
-def test_values_of_another_kind(untouched, published, tmp_path, damage, message):
-    before = {name: value.clone() for name, value in untouched.state_dict().items()}
+def test_values_of_another_kind(untouched, published, tmp_path):
+    """Other kinds are shown in test_backbone."""
     name = next(iter(published["det_adapters"]))
-    published["det_adapters"] = {**published["det_adapters"], name: damage(published["det_adapters"][name])}
+    published["det_adapters"][name] = published["det_adapters"][name] * torch.nan
     torch.save(published, tmp_path / "odd.pth")
-    with pytest.raises(ValueError, match=rf"odd\.pth' {message}"):
+    with pytest.raises(ValueError, match=r"odd\.pth' have values that are not finite"):
         load_adapters(untouched, tmp_path / "odd.pth")
-    assert all(torch.equal(value, before[name]) for name, value in untouched.state_dict().items() if "adapters" in name)
-
-
-def test_missing_file(untouched, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing\.pth'.*no such file\. Give the path of a published"):
-        load_adapters(untouched, tmp_path / "nothing.pth")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"no pickle"])
-def test_corrupt_file(untouched, tmp_path, content):
+def test_missing_and_corrupt_file(untouched, tmp_path, content):
     path = tmp_path / "adapters.pth"
+    with pytest.raises(FileNotFoundError, match=r"adapters\.pth'.*no such file\. Give the path of a published"):
+        load_adapters(untouched, path)
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"adapters\.pth' cannot be read as a \.pth file; it may be cut short"):
         load_adapters(untouched, path)
 
 
 @pytest.mark.parametrize(
-    "content",
-    [{"seg_adapters": {}, "optimizer": {}}, {"state_dict": {}}, [1], torch.zeros(2)],
-    ids=["one branch", "CLIP", "list", "tensor"],
-)
-def test_file_of_another_kind(untouched, tmp_path, content):
-    torch.save(content, tmp_path / "other.pth")
-    found = str(sorted(content)) if isinstance(content, dict) else type(content).__name__
-    with pytest.raises(ValueError, match="must hold seg_adapters and det_adapters") as error:
-        load_adapters(untouched, tmp_path / "other.pth")
-    assert str(error.value).endswith(f"found {found}.")
-
-
-@pytest.mark.parametrize("branch", [3, {"0.fc1.0.weight": 3}], ids=["number", "numbers"])
-def test_file_whose_branches_are_no_state_dicts(untouched, tmp_path, branch):
-    torch.save(dict.fromkeys(BRANCHES, branch), tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"other\.pth"):
-        load_adapters(untouched, tmp_path / "other.pth")
-
-
-@pytest.mark.parametrize(
-    ("dropped", "added", "message"),
+    ("content", "message"),
     [
-        (
-            "3.fc2.0.weight",
-            {},
-            r"1 parameters missing \['3\.fc2\.0\.weight'\], 0 unknown \[\], 0 of another shape \[\]",
-        ),
-        (None, {"4.fc1.0.weight": (24, 128)}, r"0 parameters missing \[\], 1 unknown \['4\.fc1\.0\.weight'\]"),
-        (
-            None,
-            {"1.fc1.0.weight": (24, 64)},
-            r"1 of another shape \['1\.fc1\.0\.weight'\] \(it is \(24, 64\), not \(24, 128\)\)",
-        ),
+        ({"seg_adapters": {}, "optimizer": {}}, r"must hold .* found \['optimizer', 'seg_adapters'\]\.$"),
+        ({"state_dict": {}}, r"must hold seg_adapters and det_adapters.* found \['state_dict'\]\.$"),
+        ([1], r"must hold seg_adapters and det_adapters.* found list\.$"),
+        (dict.fromkeys(BRANCHES, 3), r"other\.pth"),
+        ({branch: {"0.fc1.0.weight": 3} for branch in BRANCHES}, r"other\.pth"),
     ],
-    ids=["missing", "unknown", "misshaped"],
+    ids=["one branch", "CLIP", "list", "number", "numbers"],
 )
-def test_adapters_of_another_model(untouched, published, tmp_path, dropped, added, message):
+def test_file_of_another_kind(untouched, tmp_path, content, message):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=message):
+        load_adapters(untouched, tmp_path / "other.pth")
+
+
+def test_adapters_of_another_model(untouched, published, tmp_path):
     """Not even the branch that fits is loaded."""
-    state = {name: weight for name, weight in published["det_adapters"].items() if name != dropped}
-    published["det_adapters"] = {**state, **{name: torch.zeros(shape) for name, shape in added.items()}}
+    state = published["det_adapters"]
+    del state["3.fc2.0.weight"]
+    state.update({"4.fc1.0.weight": torch.zeros(24, 128), "1.fc1.0.weight": torch.zeros(24, 64)})
     torch.save(published, tmp_path / "adapters.pth")
-    message = rf"adapters\.pth' do not fit the model's det_adapters: .*{message}.*Check backbone, levels and adaptation"
+    found = (
+        r"1 parameters missing \['3\.fc2\.0\.weight'\], 1 unknown \['4\.fc1\.0\.weight'\], 1 of another shape "
+        r"\['1\.fc1\.0\.weight'\] \(it is \(24, 64\), not \(24, 128\)\)"
+    )
+    message = rf"adapters\.pth' do not fit the model's det_adapters: .*{found}.*Check backbone, levels and adaptation"
     with pytest.raises(ValueError, match=message):
         load_adapters(untouched, tmp_path / "adapters.pth")
 
 
-def test_adapters_do_not_fit_projectors(tiny_config, published, tmp_path):
+def test_adapters_do_not_fit_projectors(build, published, tmp_path):
     torch.save(published, tmp_path / "adapters.pth")
-    model = build_mvfa(str(tiny_config), None, TINY.image_size, adaptation="projector")
     with pytest.raises(ValueError, match=r"unknown \['0\.fc2\.0\.weight'"):
-        load_adapters(model, tmp_path / "adapters.pth")
+        load_adapters(build(adaptation="projector"), tmp_path / "adapters.pth")
 
 
 # ---------------------------------------------------------------------------------------------------------- TorchScript
