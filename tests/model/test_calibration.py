@@ -20,8 +20,8 @@ from anomalib_mvfa.model.calibration import (
     set_thresholds,
     thresholds_are_set,
 )
+from anomalib_mvfa.model.export import ThresholdScaledPostProcessor
 from anomalib_mvfa.model.fusion import Weights
-from anomalib_mvfa.model.processing import ThresholdScaledPostProcessor
 from anomalib_mvfa.model.torch_model import Scoring
 from recipe import TINY, images
 
