@@ -13,11 +13,12 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import pytest
 import yaml
 from anomalib.cli.cli import AnomalibCLI
 
-from anomalib_mvfa import Mvfa, plugin
+from anomalib_mvfa import BMADFewShot, Mvfa, plugin
 from anomalib_mvfa.compare import run
 from anomalib_mvfa.compare.job import CompareJob
 from anomalib_mvfa.data.base import SplitDataModule
@@ -84,6 +85,11 @@ def desk(tmp_path_factory):
     (desk / "films").mkdir()
     for index, file in enumerate(slices[:2]):
         shutil.copy(file, desk / "films" / f"{index}.png")
+    path = desk / "configs" / "compare" / "own_data.yaml"  # tests/compare/test_compare_configs.py runs all its methods
+    config = yaml.safe_load(path.read_text())
+    for name in ("WinCLIP", "CLIP"):
+        del config["methods"][name], config["weights"][name]
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
     return desk
 
 
@@ -95,6 +101,7 @@ def reader(desk, monkeypatch):
     _change_defaults(monkeypatch, Mvfa.__init__, **tiny, image_size=IMAGE_SIZE, max_epochs=1, visualizer=False)
     _change_defaults(monkeypatch, build_mvfa, **tiny, image_size=IMAGE_SIZE)
     _change_defaults(monkeypatch, SplitDataModule.__init__, num_workers=0)
+    _change_defaults(monkeypatch, BMADFewShot.__init__, k_shot=1)
     monkeypatch.delenv("TRUST_REMOTE_CODE", raising=False)
     return monkeypatch
 
@@ -115,7 +122,7 @@ def test_block_runs(block, reader):
     if block.language == "yaml":
         _save(block.text)
     elif block.language == "python":
-        text = block.text.replace("max_epochs=50", "max_epochs=1")
+        text = block.text.replace("max_epochs=50", "max_epochs=1").replace("k_shot=4", "k_shot=1")
         reader.setenv("TRUST_REMOTE_CODE", "0")  # so that a value that the block sets does not outlive it
         exec(compile(text, block.where, "exec"), {"__name__": "docs"})  # noqa: S102  # our own text
     else:
@@ -191,6 +198,8 @@ def test_what_the_commands_are_said_to_write(desk):
     assert any(results.glob("Mvfa/BMAD/Liver/v*/checkpoints/every_epoch/epoch=1.ckpt"))
     for name in ("repeat.json", "Brain.pth", "compare/own_data/report/index.html"):
         assert (results / name).is_file(), name
+    (benchmark,) = (path for path in desk.rglob("results.csv") if "compare" not in path.parts)
+    assert len(pd.read_csv(benchmark)) == 2
 
 
 @pytest.mark.parametrize("block", SKIPPED, ids=lambda block: f"{block.language}-{block.where}")

@@ -68,6 +68,11 @@ def bins_of(scores: torch.Tensor) -> torch.Tensor:
     return (scores.detach().flatten().float() * BINS).long().clamp(0, BINS - 1)
 
 
+def count(bins: torch.Tensor, is_abnormal: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return counts ``(size)`` of normal and of abnormal items, given each one's bin ``(N)``."""
+    return torch.bincount(bins[~is_abnormal], minlength=size), torch.bincount(bins[is_abnormal], minlength=size)
+
+
 class _Binned(Metric):
     """Counts by bin, whose memory does not grow with the test set and which add up over processes."""
 
@@ -83,9 +88,9 @@ class _Binned(Metric):
 
     def update(self, preds: torch.Tensor, target: torch.Tensor) -> None:
         """Count scores ``(...)`` in [0, 1] with targets ``(...)``, above 0 where abnormal."""
-        bins, is_abnormal = bins_of(preds), target.flatten() > 0
-        self.normal += torch.bincount(bins[~is_abnormal], minlength=BINS)
-        self.abnormal += torch.bincount(bins[is_abnormal], minlength=BINS)
+        normal, abnormal = count(bins_of(preds), target.flatten() > 0, BINS)
+        self.normal += normal
+        self.abnormal += abnormal
 
 
 class BinnedAUROC(_Binned):
