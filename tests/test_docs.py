@@ -18,7 +18,7 @@ import pytest
 import yaml
 from anomalib.cli.cli import AnomalibCLI
 
-from anomalib_mvfa import BMADFewShot, Mvfa, plugin
+from anomalib_mvfa import FewShot, Mvfa, plugin
 from anomalib_mvfa.compare import run
 from anomalib_mvfa.compare.job import CompareJob
 from anomalib_mvfa.data.base import SplitDataModule
@@ -101,7 +101,7 @@ def reader(desk, monkeypatch):
     _change_defaults(monkeypatch, Mvfa.__init__, **tiny, image_size=IMAGE_SIZE, max_epochs=1, visualizer=False)
     _change_defaults(monkeypatch, build_mvfa, **tiny, image_size=IMAGE_SIZE)
     _change_defaults(monkeypatch, SplitDataModule.__init__, num_workers=0)
-    _change_defaults(monkeypatch, BMADFewShot.__init__, k_shot=1)
+    _change_defaults(monkeypatch, FewShot.__init__, k_shot=1)
     monkeypatch.delenv("TRUST_REMOTE_CODE", raising=False)
     return monkeypatch
 
