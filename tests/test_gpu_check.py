@@ -90,10 +90,7 @@ def test_a_part_that_fails_hides_no_other(modules, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("log", "message"),
     [
-        (
-            "FAILED tests/test_gpu.py::test_a - assert\n1 failed, 3 passed in 2.00s\n",
-            "1 tests failed, 3 passed.*test_a",
-        ),
+        ("FAILED tests/a.py::test_a - assert\n1 failed, 3 passed in 2.00s\n", "1 tests failed, 3 passed.*test_a"),
         ("ERROR tests/test_b.py - ImportError\n5 passed, 1 error in 2.00s\n", "1 tests failed, 5 passed.*test_b"),
         ("19 skipped, 1500 deselected in 2.00s\n", "0 tests failed, 0 passed"),
     ],
