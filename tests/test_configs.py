@@ -228,7 +228,7 @@ def test_few_shot_shows_every_argument_at_its_default():
     outside = {"backbone", "pretrained"}  # environment variables set these, and a value in the file would win
     assert config["model"]["init_args"] == defaults(Mvfa, without=COMPONENTS | prompts | outside)
     for name in outside:
-        assert f"# {name}: {defaults(build_mvfa)[name]} " in text
+        assert f"# {name}: {inspect.signature(build_mvfa).parameters[name].default} " in text
 
     shown, expected = config["data"]["init_args"], defaults(BMADFewShot, without={"source", *augmentations})
     assert Path(shown.pop("root")) == Path(expected.pop("root"))

@@ -141,9 +141,11 @@ def documented(thing: _Documented) -> _Documented:
 
 def plain(value: Any) -> Any:  # noqa: ANN401  # whatever an argument may be
     """Return an argument in the plain types that checkpoints can be read back with: str, int, list and so on."""
+    if isinstance(value, bool | float | None):
+        return value
     if isinstance(value, Enum):
         return value.value
-    if isinstance(value, Integral) and type(value) is not bool:
+    if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [plain(item) for item in value]
