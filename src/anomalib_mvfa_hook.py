@@ -35,7 +35,7 @@ def install() -> None:
 
 
 class _Finder:
-    """Finds modules as the other finders do, and has those loaders report to us whose modules we must watch.
+    """Finds modules as the other finders do, and wraps the loaders of those that we must watch.
 
     These are the hosts and, until they have our names, whichever module of anomalib or ours starts a chain of imports.
     """
@@ -50,17 +50,13 @@ class _Finder:
             return None
         _finding.add(name)
         try:
-            for finder in sys.meta_path:
-                spec = finder.find_spec(name, path, target) if hasattr(finder, "find_spec") else None
-                if spec is not None:
-                    break
-            else:
-                return None
+            finders = (finder for finder in sys.meta_path if hasattr(finder, "find_spec"))
+            spec = next(filter(None, (finder.find_spec(name, path, target) for finder in finders)), None)
         finally:
             _finding.discard(name)
         # Not every module: our frame in the stack draws warnings to us that are meant for the importing module.
         starts_a_chain = not _executing and not sys.modules.keys() >= _HOSTS
-        if (name in _HOSTS or starts_a_chain) and hasattr(spec.loader, "exec_module"):
+        if spec and (name in _HOSTS or starts_a_chain) and hasattr(spec.loader, "exec_module"):
             spec.loader = _Loader(spec.loader)  # type: ignore[arg-type, assignment]
         return spec
 
@@ -73,9 +69,6 @@ class _Loader:
 
     def __getattr__(self, name: str) -> "Any":  # noqa: ANN401 (whatever the loader has)
         return getattr(self._loader, name)
-
-    def create_module(self, spec: "ModuleSpec") -> "ModuleType | None":
-        return self._loader.create_module(spec)
 
     def exec_module(self, module: "ModuleType") -> None:
         name = module.__name__
@@ -97,34 +90,31 @@ def _attach_pending() -> None:
     earlier would meet half-initialised modules in one order of imports or another.
     """
     while _pending and not _executing:
+        host = _pending.pop(0)
         _executing.append(__name__)  # what we import now must not attach in its turn
-        hosts = _pending[:]
-        del _pending[: len(hosts)]
         try:
-            # After one failure no more is tried: each would fail alike, and warn again.
-            if not all(map(_attach, hosts)) and _FINDER in sys.meta_path:
-                sys.meta_path.remove(_FINDER)
+            from anomalib_mvfa import plugin
+
+            plugin.attach(host)
+        except Exception as error:  # noqa: BLE001 (a broken plugin must not break anomalib)
+            _give_up(host.__name__, error)
         finally:
             _executing.remove(__name__)
 
 
-def _attach(host: "ModuleType") -> bool:
-    """Give a host our names; return whether that went well, and warn if not."""
-    try:
-        from anomalib_mvfa import plugin
+def _give_up(host: str, error: Exception) -> None:
+    """Warn, and try no more: every host would fail alike."""
+    import warnings
 
-        plugin.attach(host)
-    except Exception as error:  # noqa: BLE001 (a broken plugin must not break anomalib)
-        import warnings
-
-        warnings.warn(
-            f"{host.__name__} works, but without MVFA: attaching it failed with {type(error).__name__}: {error}. "
-            "Reinstall anomalib-mvfa, or set ANOMALIB_MVFA_PLUGIN=0 to do without it and silence this warning.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return False
-    return True
+    _pending.clear()
+    if _FINDER in sys.meta_path:
+        sys.meta_path.remove(_FINDER)
+    warnings.warn(
+        f"{host} works, but without MVFA: attaching it failed with {type(error).__name__}: {error}. "
+        "Reinstall anomalib-mvfa, or set ANOMALIB_MVFA_PLUGIN=0 to do without it and silence this warning.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 _FINDER = _Finder()

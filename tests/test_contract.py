@@ -7,14 +7,7 @@ import pytest
 from anomalib.data import Folder, ImageItem, MVTecAD
 from anomalib.data.datasets import MVTecADDataset
 
-from anomalib_mvfa.contract import (
-    FEW_SHOT,
-    LEAVE_ONE_OUT,
-    DataFacts,
-    class_name_of,
-    describe,
-    has_label,
-)
+from anomalib_mvfa.contract import FEW_SHOT, LEAVE_ONE_OUT, DataFacts, class_name_of, describe, has_label
 from anomalib_mvfa.data import BMADFewShot, BMADOneClass
 from anomalib_mvfa.data.augmentation import VIEWS
 from anomalib_mvfa.data.support import support_of
@@ -49,29 +42,19 @@ def folder(phantom_root, **arguments):
 # ------------------------------------------------------------------------------------------------------------ describe
 
 
-def test_nothing_is_known_without_data():
-    facts = describe(None)
-    assert facts == DataFacts(FEW_SHOT, "object", has_masks=True, normal_only=False)
-
-
-def test_few_shot_on_bmad(phantom_root):
-    data = BMADFewShot(phantom_root, k_shot=1)
-    data.setup()
-    assert describe(data) == DataFacts(FEW_SHOT, "Brain", has_masks=True, normal_only=False)
-
-
-def test_an_anomalib_datamodule_is_normal_only_and_called_by_its_category(nuts):
+def test_what_is_known_of_datamodules(phantom_root, nuts):
+    assert describe(None) == DataFacts(FEW_SHOT, "object", has_masks=True, normal_only=False)
+    few_shot = BMADFewShot(phantom_root, k_shot=1)
+    few_shot.setup()
+    assert describe(few_shot) == DataFacts(FEW_SHOT, "Brain", has_masks=True, normal_only=False)
     assert describe(nuts) == DataFacts(FEW_SHOT, "metal nut", has_masks=True, normal_only=True)
+    assert describe(BMADOneClass(phantom_root, "Chest")).class_name == "Chest X-ray film"  # which is not set up
 
 
-def test_own_folders_have_no_noun_and_masks_only_where_given(phantom_root):
+def test_own_folders_have_no_class_name_and_masks_only_where_given(phantom_root):
     assert describe(folder(phantom_root)) == DataFacts(FEW_SHOT, "object", has_masks=False, normal_only=True)
     with_masks = folder(phantom_root, mask_dir="test/Ungood/label")
     assert describe(with_masks) == DataFacts(FEW_SHOT, "object", has_masks=True, normal_only=True)
-
-
-def test_a_datamodule_that_is_not_set_up_tells_its_noun(phantom_root):
-    assert describe(BMADOneClass(phantom_root, "Chest")).class_name == "Chest X-ray film"
 
 
 def test_bare_datasets(mvtec_root):
@@ -79,10 +62,7 @@ def test_bare_datasets(mvtec_root):
     assert describe(None, train, test) == DataFacts(FEW_SHOT, "metal nut", has_masks=True, normal_only=True)
     assert describe(None, test, test).normal_only is False
     assert describe(None, None, test) == DataFacts(FEW_SHOT, "metal nut", has_masks=True, normal_only=False)
-
-
-def test_a_dataset_without_samples_is_taken_to_hold_every_kind():
-    bare = SimpleNamespace()
+    bare = SimpleNamespace()  # without samples, and so taken to hold every kind
     assert has_label(bare, 0)
     assert has_label(bare, 1)
     assert describe(None, bare, bare) == DataFacts()
@@ -96,14 +76,11 @@ def test_a_protocol_of_the_datamodule_is_used(nuts):
 # ------------------------------------------------------------------------------------------------------------- support
 
 
-def test_a_datamodules_own_support_is_used(phantom_root):
+def test_a_datamodules_own_support_is_used(phantom_root, nuts):
     data = BMADFewShot(phantom_root, k_shot=2)
     data.setup()
     assert support_of(data, None, bank_images=1, seed=0) is data.support
-
-
-def test_a_datamodule_may_say_that_there_is_none(nuts):
-    nuts.support = None
+    nuts.support = None  # a datamodule may say that there is none
     assert support_of(nuts, None, bank_images=1, seed=0) is None
 
 
@@ -130,12 +107,8 @@ def test_abnormal_training_images_are_no_support(phantom_root, mvtec_root):
     assert len(views.samples) == 4
     assert set(views.samples.label_index) == {0}
     mixed.samples = mixed.samples[mixed.samples.label_index == 1]
-    assert support_of(None, mixed, bank_images=16, seed=0) is None
-
-
-def test_there_is_no_support_without_samples():
-    assert support_of(None, None, bank_images=16, seed=0) is None
-    assert support_of(None, SimpleNamespace(), bank_images=16, seed=0) is None
+    for without in (mixed, SimpleNamespace(), None):
+        assert support_of(None, without, bank_images=16, seed=0) is None
 
 
 def test_support_is_resized_as_the_training_images_are(nuts):
@@ -145,10 +118,7 @@ def test_support_is_resized_as_the_training_images_are(nuts):
     assert support_of(nuts, None, 2, 0)[3].image.shape == (3, 32, 32)
 
 
-# --------------------------------------------------------------------------------------------------------------- nouns
-
-
-def test_batches_of_others_carry_no_noun(nuts):
+def test_batches_of_others_carry_no_class_name(nuts):
     batch = next(iter(nuts.test_dataloader()))
     assert class_name_of(batch) is None
     assert class_name_of(ImageItem(image=batch.image[0])) is None

@@ -20,7 +20,8 @@ def checkout(tmp_path, monkeypatch):
 
 
 def test_report_names_scores_pictures_seed_and_device(checkout, capsys):
-    scores = demo.main(["--seed=3", "--model.max_epochs=1", "--trainer.accelerator=cpu"])
+    quick = ["--model.max_epochs=1", "--data.source.init_args.size=64", "--data.k_shot=1"]
+    scores = demo.main(["--seed=3", *quick, "--trainer.accelerator=cpu"])
 
     report = capsys.readouterr().out.rpartition("untrained  trained")[2]
     for metric, name in demo.METRICS.items():
@@ -33,7 +34,7 @@ def test_report_names_scores_pictures_seed_and_device(checkout, capsys):
     assert re.search(r"^device +cpu$", report, re.MULTILINE)
     assert "random weights" in report
     assert "mean nothing clinically" in report
-    assert (checkout / "datasets" / "Phantom" / "size128-seed3").is_dir()  # the seed reached the images
+    assert (checkout / "datasets" / "Phantom" / "size64-seed3").is_dir()  # the seed reached the images
 
 
 @pytest.mark.slow

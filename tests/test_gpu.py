@@ -23,10 +23,6 @@ from anomalib_mvfa.model.text_alignment import full_precision, patch_logits
 
 IMAGE_SIZE = 56
 STEPS = 20
-CUDA = pytest.param(
-    "cuda",
-    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")],
-)
 
 
 class Precision(NamedTuple):
@@ -49,6 +45,20 @@ PRECISIONS = {
     "bf16-mixed": Precision("bf16-mixed", "highest", loss=2e-3, maps=1e-2, auroc=3e-3),
     "16-mixed": Precision("16-mixed", "highest", loss=2e-3, maps=2e-3, auroc=1e-3),
 }
+ON_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
+CUDA = pytest.param("cuda", marks=ON_CUDA)
+in_every_precision = pytest.mark.parametrize(
+    ("device", "precision"),
+    [
+        ("cpu", "bf16-mixed"),
+        ("cpu", "16-mixed"),
+        *(pytest.param("cuda", precision, marks=ON_CUDA) for precision in PRECISIONS),
+    ],
+    indirect=True,
+)
+also_on_the_cpu_if_slow = pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA], indirect=True
+)
 
 
 class Fit(NamedTuple):
@@ -95,15 +105,24 @@ def precision(request, monkeypatch):
     torch.set_float32_matmul_precision(before)
 
 
-def in_every_precision(test):
-    return pytest.mark.parametrize("precision", PRECISIONS, indirect=True)(test)
-
-
 @pytest.fixture(scope="module")
-def new_model(tiny_config):
-    """Return a function that makes a model."""
-    arguments = {"backbone": str(tiny_config), "pretrained": None, "image_size": IMAGE_SIZE, "max_epochs": 2}
-    return lambda: Mvfa(**arguments, visualizer=False)
+def new(tiny_config, tmp_path_factory):
+    """Return a function that makes an engine for a device, and a model."""
+
+    def make(device, mixed=None, **trainer):
+        engine = Engine(
+            default_root_dir=tmp_path_factory.mktemp("engine"),
+            accelerator=device,
+            devices=1,
+            plugins=[MixedPrecision(mixed, device)] if mixed else None,  # by name, the CPU would not do float16
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **trainer,
+        )
+        return engine, Mvfa(str(tiny_config), None, image_size=IMAGE_SIZE, max_epochs=2, visualizer=False)
+
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -113,30 +132,12 @@ def new_data(phantom_root):
 
 
 @pytest.fixture(scope="module")
-def new_engine(tmp_path_factory):
-    """Return a function that makes an engine for a device."""
-
-    def make(device, mixed=None, **trainer):
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        plugins = [MixedPrecision(mixed, device)] if mixed else None  # by name, the CPU would not do float16
-        return Engine(
-            default_root_dir=tmp_path_factory.mktemp("engine"),
-            accelerator=device,
-            devices=1,
-            plugins=plugins,
-            **{**quiet, **trainer},
-        )
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def fit(new_model, new_data, new_engine):
+def fit(new, new_data):
     """Return a function that trains a model."""
 
-    def run(device, mixed=None, **trainer):
+    def run(device, mixed=None):
         losses = Losses()
-        engine, model = new_engine(device, mixed, callbacks=[losses], **trainer), new_model()
+        engine, model = new(device, mixed, callbacks=[losses])
         engine.fit(model, datamodule=new_data())
         return Fit(engine, model, losses.values, engine.best_model_path)
 
@@ -144,11 +145,11 @@ def fit(new_model, new_data, new_engine):
 
 
 @pytest.fixture(scope="module")
-def score(new_model, new_data, new_engine):
+def score(new, new_data):
     """Return a function that scores the test images with a checkpoint."""
 
     def run(checkpoint, device, mixed=None):
-        engine, model = new_engine(device, mixed), new_model()
+        engine, model = new(device, mixed)
         predictions = engine.predict(model, datamodule=new_data(), ckpt_path=checkpoint)
         (figures,) = engine.test(model, datamodule=new_data(), ckpt_path=checkpoint, verbose=False)
         maps = torch.cat([batch.anomaly_map for batch in predictions]).float().cpu().numpy()
@@ -165,9 +166,9 @@ def on_cpu(fit):
 
 
 @pytest.fixture(scope="module")
-def on_device(fit, device):
+def on_device(fit, device, on_cpu):
     """A fit on the device in float32, whose products in convolutions may be TF32 by torch's default."""
-    return fit(device)
+    return on_cpu if device == "cpu" else fit(device)
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +197,7 @@ def test_maps_scores_and_auroc_of_a_checkpoint_of_the_cpu(on_cpu, expected, scor
     assert_close(score(on_cpu.checkpoint, device, precision.mixed), expected, precision)
 
 
+@pytest.mark.parametrize("device", [CUDA], indirect=True)
 def test_checkpoint_of_the_device_on_the_cpu(on_device, score, device):
     tolerance = PRECISIONS["TF32"]  # of torch's default in convolutions
     assert_close(score(on_device.checkpoint, "cpu"), score(on_device.checkpoint, device), tolerance)
@@ -233,11 +235,11 @@ def test_distances_to_the_bank_are_float32_in_every_precision(device, precision)
     assert nearest_distance(bank.to(device), bank.to(device)).max() < 1e-5  # each row finds itself
 
 
-def test_memory_bank_of_a_normal_only_fit(new_model, new_engine, phantom_root, device):
+def test_memory_bank_of_a_normal_only_fit(new, phantom_root, device):
     banks = []
     for trained_on in ("cpu", device):
-        model = new_model()
-        new_engine(trained_on).fit(model, datamodule=BMADOneClass(phantom_root, num_workers=0))
+        engine, model = new(trained_on)
+        engine.fit(model, datamodule=BMADOneClass(phantom_root, num_workers=0))
         banks.append({name: value.cpu() for name, value in model.state_dict().items() if "bank" in name})
     assert any(value.numel() for value in banks[0].values())
     for name, value in banks[0].items():
@@ -268,7 +270,7 @@ def test_torch_export(on_device, film, predicted, device, tmp_path, monkeypatch)
         np.testing.assert_allclose(found, predicted, rtol=0, atol=PRECISIONS["TF32"].maps)
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA], indirect=True)
+@also_on_the_cpu_if_slow
 def test_onnx_export(on_device, film, predicted, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     path = on_device.engine.export(on_device.model, "onnx", export_root=tmp_path)
@@ -279,6 +281,7 @@ def test_onnx_export(on_device, film, predicted, tmp_path):
     np.testing.assert_allclose(found, predicted, rtol=0, atol=PRECISIONS["TF32"].maps)
 
 
+@also_on_the_cpu_if_slow
 def test_compare_with_one_job(tiny_config, phantom_root, device, tmp_path, monkeypatch):
     model = {"backbone": str(tiny_config), "pretrained": None, "image_size": IMAGE_SIZE, "max_epochs": 1}
     comparison = {

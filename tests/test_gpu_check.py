@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from anomalib_mvfa import plugin
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -30,14 +32,24 @@ def check(gpu_check, output):
     return code, json.loads((output / "gpu_check.json").read_text()), (output / "gpu_check.md").read_text()
 
 
-def test_all_parts_run_on_the_cpu(modules, tmp_path):
+def test_all_parts_run_on_the_cpu(modules, tmp_path, monkeypatch):
+    run = modules[0]._run
+
+    def here(command, log, limit):
+        """Run the command line in this process, which has imported anomalib; the tests in one of their own."""
+        if "train" not in command:
+            return run(command, log, limit)
+        monkeypatch.setattr(sys, "argv", ["anomalib-mvfa", *command[3:]])
+        return "", plugin.main() or 0
+
+    monkeypatch.setattr(modules[0], "_run", here)
     code, report, table = check(modules[0], tmp_path)
     assert report["errors"] == {}
     assert code == 0
     figures = report["figures"]
     assert list(figures) == ["device", "tests", "speed", "profile", "few-shot run"]
     assert figures["device"]["device"].startswith("CPU")
-    assert figures["tests"]["passed"] >= 5
+    assert figures["tests"]["passed"] >= 3
     assert figures["tests"]["failed"] == figures["tests"]["skipped"] == 0
     for name in (
         "training, batch 1",
@@ -78,10 +90,7 @@ def test_a_part_that_fails_hides_no_other(modules, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("log", "message"),
     [
-        (
-            "FAILED tests/test_gpu.py::test_a - assert\n1 failed, 3 passed in 2.00s\n",
-            "1 tests failed, 3 passed.*test_a",
-        ),
+        ("FAILED tests/a.py::test_a - assert\n1 failed, 3 passed in 2.00s\n", "1 tests failed, 3 passed.*test_a"),
         ("ERROR tests/test_b.py - ImportError\n5 passed, 1 error in 2.00s\n", "1 tests failed, 5 passed.*test_b"),
         ("19 skipped, 1500 deselected in 2.00s\n", "0 tests failed, 0 passed"),
     ],

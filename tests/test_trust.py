@@ -89,28 +89,24 @@ def test_checkpoint(evil, tmp_path, tiny_config):
         Mvfa.load_from_checkpoint(tmp_path / "model.ckpt")
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_adapters(evil, tiny_model, tmp_path, zipped):
-    content = {**adapter_weights(TINY), "more": evil}
-    torch.save(content, tmp_path / "adapters.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"adapters\.pth' cannot be read as a \.pth file"):
-        load_adapters(tiny_model, tmp_path / "adapters.pth")
+PATCHCORE = {"class_path": "Patchcore", "init_args": {"backbone": "resnet18"}}
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_weights_of_clip(evil, tiny_config, tmp_path, zipped, suffix):
-    path = tmp_path / f"clip.{suffix}"
-    torch.save({"weight": evil}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=rf"clip\.{suffix}' cannot be read"):
-        ClipBackbone(str(tiny_config), str(path), 56)
-
-
-def test_weights_of_other_methods(evil, tmp_path):
-    torch.save({"conv1.weight": evil}, tmp_path / "resnet.pth")
-    model = {"class_path": "Patchcore", "init_args": {"backbone": "resnet18"}}
-    with pytest.raises(ValueError, match=r"resnet\.pth' cannot be read"):
-        build_model(model, str(tmp_path / "resnet.pth"))
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("adapters.pth", lambda path, model, config: load_adapters(model, path)),
+        ("clip.pt", lambda path, model, config: ClipBackbone(config, path, 56)),
+        ("clip.safetensors", lambda path, model, config: ClipBackbone(config, path, 56)),
+        ("resnet.pth", lambda path, model, config: build_model(PATCHCORE, path)),
+    ],
+)
+def test_weights(evil, tiny_model, tiny_config, tmp_path, zipped, name, read):
+    content = {**adapter_weights(TINY), "more": evil} if name == "adapters.pth" else {"conv1.weight": evil}
+    torch.save(content, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=rf"{name}' cannot be read"):
+        read(str(tmp_path / name), tiny_model, str(tiny_config))
 
 
 def test_archive_of_med_clip(evil, tmp_path):

@@ -17,6 +17,9 @@ from scan_recipe import write_nifti
 SIZE = 32
 PATIENTS = 5
 """With lesions, and again without, of the scans."""
+NORMAL = ["004.png", "001.png", "003.png", "000.png"]
+ABNORMAL = ["000.png", "005.png", "002.png", "001.png"]
+"""Names in the support list, not those that the seed would draw."""
 CONFIGS = Path(__file__).parents[1] / "configs"
 BLOCKS = {6: 1, 12: 2, 18: 3, 24: 4}
 """Levels of ViT-L, and those of the tiny CLIP that stand for them."""
@@ -72,18 +75,21 @@ def small_comparison(path: Path) -> dict[str, Any]:
 def write_workspace(folder: Path) -> None:
     """Write BMAD, MVTec AD and own data of few slices each, a support list, and a tiny CLIP with adapters."""
     bmad = folder / "datasets" / "BMAD"
-    for seed, category in enumerate(CATEGORIES):
-        write_phantom(folder / category, seed=seed, size=SIZE, train=1, valid=6, test=4)
-        bmad.mkdir(parents=True, exist_ok=True)
-        shutil.move(folder / category / "Brain", bmad / category)
-        (folder / category).rmdir()
-    names = [f"{index:03d}.png" for index in range(4)]
-    write_support_list(folder / "datasets" / "fewshot_seed", "Brain", normal=names, abnormal=names)
+    bmad.mkdir(parents=True)
+    for seed, (name, category) in enumerate(CATEGORIES.items()):
+        write_phantom(folder / name, seed=seed, size=SIZE, train=1, valid=6, test=4)
+        (folder / name / "Brain").rename(bmad / name)
+        (folder / name).rmdir()
+        for masks in () if category.has_masks else [*bmad.glob(f"{name}/*/*/label")]:
+            shutil.rmtree(masks)
+    (folder / "datasets" / "bmad_mini").symlink_to(bmad)
+    write_support_list(folder / "datasets" / "fewshot_seed", "Brain", NORMAL, ABNORMAL)
     write_phantom(folder / "slices", seed=len(CATEGORIES), size=SIZE, train=0, valid=20, test=20)
     slices = folder / "slices" / "Brain"
     _write_own(slices, folder / "datasets" / "own")
     write_scans(slices, folder / "datasets" / "scans")
-    _write_mvtec(slices, folder / "datasets" / "MVTecAD" / "bottle")
+    for category in ("bottle", "screw"):
+        _write_mvtec(slices, folder / "datasets" / "MVTecAD" / category)
     _write_models(folder)
     shutil.copytree(CONFIGS, folder / "configs")
     for path in (folder / "configs" / "compare").glob("*.yaml"):
@@ -91,13 +97,13 @@ def write_workspace(folder: Path) -> None:
 
 
 def _write_own(slices: Path, root: Path) -> None:
-    """Write folders of images, two of a patient; the patients with normal and abnormal images are others."""
+    """Write folders of images, two of a patient; two patients have both normal and abnormal images."""
     for kind in ("normal", "abnormal", "masks"):
         (root / kind).mkdir(parents=True)
-    for index, path in enumerate(sorted(slices.glob("*/good/img/*"))):
-        shutil.copy(path, root / "normal" / f"p{index // 2:02d}_{index}.png")
-    for index, path in enumerate(sorted(slices.glob("*/Ungood/img/*"))):
-        name = f"p{50 + index // 2}_{index}.png"
+    for index, path in enumerate(sorted(slices.glob("test/good/img/*"))):
+        shutil.copy(path, root / "normal" / f"p{index // 2:02d}_{index % 2}.png")
+    for index, path in enumerate(sorted(slices.glob("test/Ungood/img/*"))):
+        name = f"p{8 + index // 2:02d}_{2 + index % 2}.png"
         shutil.copy(path, root / "abnormal" / name)
         shutil.copy(_mask(path), root / "masks" / name)
 
@@ -125,13 +131,12 @@ def _volume(planes: list[np.ndarray]) -> np.ndarray:
 def _write_mvtec(slices: Path, root: Path) -> None:
     for part in ("train/good", "test/good", "test/broken", "ground_truth/broken"):
         (root / part).mkdir(parents=True)
-    for path in slices.glob("test/good/img/*"):
-        shutil.copy(path, root / "test/good")
-    for path in slices.glob("valid/good/img/*"):
-        shutil.copy(path, root / "train/good")
-    for path in slices.glob("test/Ungood/img/*"):
-        shutil.copy(path, root / "test/broken")
-        shutil.copy(_mask(path), root / "ground_truth/broken" / f"{path.stem}_mask.png")
+    for index in range(10):
+        name = f"{index:03d}.png"
+        shutil.copy(slices / "valid/good/img" / name, root / "train/good")
+        shutil.copy(slices / "test/good/img" / name, root / "test/good")
+        shutil.copy(slices / "test/Ungood/img" / name, root / "test/broken")
+        shutil.copy(slices / "test/Ungood/label" / name, root / f"ground_truth/broken/{index:03d}_mask.png")
 
 
 def _write_models(folder: Path) -> None:

@@ -11,14 +11,7 @@ from typing import Any, TypeVar
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument of models.
-
-    Args:
-        help: What docstrings and ``--help`` say of it.
-        low: Smallest value.
-        high: Largest value.
-        choices: All values.
-    """
+    """What docstrings and ``--help`` say of an argument, its smallest and largest value, or all its values."""
 
     help: str = ""
     low: float | None = None
@@ -26,17 +19,14 @@ class Argument:
     choices: tuple[str, ...] = ()
 
 
-_COMPONENT = "Anomalib's component, or whether to use the default one."
-
 ARGUMENTS = {
     "backbone": Argument(
         "Name of an open_clip model with a plain vision transformer, or path of a model config in open_clip's JSON "
         "form. The environment variable ``ANOMALIB_MVFA_BACKBONE`` sets the default."
     ),
     "pretrained": Argument(
-        "Tag of open_clip; or path of a weight file in OpenAI's or open_clip's form (.pt state dict, .safetensors, or "
-        "OpenAI's own archive); or None for seeded random weights. ``ANOMALIB_MVFA_PRETRAINED`` sets the default "
-        '("null" for None).'
+        "Tag of open_clip, path of a weight file (.pt, .safetensors, or OpenAI's own archive), or None for seeded "
+        'random weights. ``ANOMALIB_MVFA_PRETRAINED`` sets the default ("null" for None).'
     ),
     "pre_trained": Argument(
         "Whether to use published weights in place of random ones; the default is True unless the environment variable "
@@ -93,10 +83,10 @@ ARGUMENTS = {
     "boundary_weight": Argument(low=0),
     "margin": Argument(low=0),
     "warmup_epochs": Argument(low=0),
-    "pre_processor": Argument(_COMPONENT),
-    "post_processor": Argument(_COMPONENT),
-    "evaluator": Argument(_COMPONENT),
-    "visualizer": Argument(_COMPONENT),
+    **dict.fromkeys(
+        ("pre_processor", "post_processor", "evaluator", "visualizer"),
+        Argument("Anomalib's component, or whether to use the default one."),
+    ),
 }
 
 
@@ -109,13 +99,11 @@ def check_arguments(values: Mapping[str, Any]) -> None:
     Raises:
         ValueError: A value is out of bounds, or none of the choices.
     """
-    for name, value in values.items():
-        argument = ARGUMENTS.get(name)
-        if argument is None or value is None:
-            continue
-        if argument.choices:
+    for name in ARGUMENTS.keys() & values.keys():
+        value, argument = values[name], ARGUMENTS[name]
+        if value is not None and argument.choices:
             check_choice(name, value, argument.choices)
-        if argument.low is not None:
+        if value is not None and argument.low is not None:
             check_bounds(name, value, argument.low, argument.high)
 
 
@@ -153,17 +141,15 @@ def documented(thing: _Documented) -> _Documented:
 
 def plain(value: Any) -> Any:  # noqa: ANN401  # whatever an argument may be
     """Return an argument in the plain types that checkpoints can be read back with: str, int, list and so on."""
-    if isinstance(value, str | bool | float | None):
+    if isinstance(value, bool | float | None):
         return value
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Integral):
         return int(value)
-    if isinstance(value, os.PathLike):
-        return str(value)
-    if isinstance(value, Sequence):
+    if isinstance(value, Sequence) and not isinstance(value, str):
         return [plain(item) for item in value]
-    return value
+    return str(value) if isinstance(value, os.PathLike) else value
 
 
 def optional_text(value: str | os.PathLike | None) -> str | None:

@@ -63,11 +63,12 @@ def describe(datamodule: AnomalibDataModule | None, train_data: Any = None, test
     """Describe a datamodule, or datasets that came without one."""
     train_data = getattr(datamodule, "train_data", train_data)
     test_data = getattr(datamodule, "test_data", test_data)
-    tasks = [task for task in (_task(test_data), _task(train_data)) if task is not None]
+    tables = [getattr(data, "samples", None) for data in (test_data, train_data)]
+    tasks = [table.attrs["task"] for table in tables if table is not None and "task" in table.attrs]
     return DataFacts(
         protocol=getattr(datamodule, "protocol", FEW_SHOT),
         class_name=class_name_of_data(datamodule) or class_name_of_data(test_data) or DEFAULT_CLASS_NAME,
-        has_masks=not tasks or tasks[0] == TaskType.SEGMENTATION,
+        has_masks=not tasks or TaskType(tasks[0]) == TaskType.SEGMENTATION,
         normal_only=train_data is not None and not has_label(train_data, LabelName.ABNORMAL),
     )
 
@@ -88,17 +89,11 @@ def has_label(dataset: Any, label: LabelName) -> bool:  # noqa: ANN401  # any da
     return samples is None or "label_index" not in samples or bool((samples.label_index == label).any())
 
 
-def _task(dataset: Any) -> TaskType | None:  # noqa: ANN401  # any dataset of anomalib items
-    samples = getattr(dataset, "samples", None)
-    return TaskType(samples.attrs["task"]) if samples is not None and "task" in samples.attrs else None
-
-
 def dataset_of(trainer: Any, kind: str) -> Any:  # noqa: ANN401  # Lightning's trainer; any dataset of anomalib items
     """Return the dataset "train", "val" or "test" of a trainer's datamodule or loaders, None if there is none."""
     if (dataset := getattr(getattr(trainer, "datamodule", None), f"{kind}_data", None)) is not None:
         return dataset
     loops = {"train": trainer.fit_loop, "val": trainer.validate_loop, "test": trainer.test_loop}
-    loader = getattr(loops[kind], "_data_source", None)
-    loader = getattr(loader, "instance", None)
+    loader = getattr(getattr(loops[kind], "_data_source", None), "instance", None)
     loader = loader[0] if isinstance(loader, list) and loader else loader
     return getattr(loader, "dataset", None) if isinstance(loader, DataLoader) else None

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 PACKAGES = ("anomalib-mvfa", "anomalib", "torch", "torchvision", "lightning", "open_clip_torch", "timm")
 """Packages that results depend on."""
 
@@ -26,7 +25,7 @@ def explain_full_disk(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides the reason behind its own
-        if not isinstance(cause, OSError) or cause.errno not in DISK_FULL:
+        if not isinstance(cause, OSError) or cause.errno not in {errno.ENOSPC, errno.EDQUOT}:
             raise
         msg = f"{path} was not written ({cause.strerror}), and what was there is kept. Make room, or write elsewhere."
         raise OSError(msg) from error
@@ -54,23 +53,17 @@ def save_atomically(content: Any, path: Path) -> None:  # noqa: ANN401  # whatev
 
 
 def dataset_digest(dataset: Any) -> str | None:  # noqa: ANN401  # any dataset of anomalib items
-    """Return a SHA-256 of a dataset's images, labels and masks, regardless of order and file names.
+    """Return a SHA-256 in hexadecimal of a dataset's images, labels and masks, None if it keeps no ``samples``.
 
-    Args:
-        dataset: An anomalib dataset, read through its table ``samples``.
-
-    Returns:
-        The digest in hexadecimal, None for a dataset without samples.
+    Order and file names do not matter.
     """
     samples = getattr(dataset, "samples", None)
     if samples is None:
         return None
     masks = samples.mask_path if "mask_path" in samples else [None] * len(samples)
     items = zip(samples.image_path, samples.label_index, masks, strict=True)
-    lines = sorted(
-        f"{file_digest(image)} {label} {file_digest(mask) if mask else None}" for image, label, mask in items
-    )
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    lines = [f"{file_digest(image)} {label} {file_digest(mask) if mask else None}" for image, label, mask in items]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def file_digest(path: str) -> str:
@@ -100,16 +93,10 @@ def commit() -> str | None:
 
 
 def _git(*command: str) -> str | None:
-    try:
-        done = subprocess.run(  # noqa: S603  # fixed arguments
-            ["git", "-C", str(Path(__file__).parent), *command],  # noqa: S607
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError:  # there is no git
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    with suppress(OSError, subprocess.CalledProcessError):  # there is no git, or no checkout
+        words = ["git", "-C", str(Path(__file__).parent), *command]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    return None
 
 
 def versions() -> dict[str, str]:
@@ -129,11 +116,8 @@ def device_name(device: "torch.device") -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return str(device)
-    return f"CPU {_processor()}, {torch.get_num_threads()} threads"
-
-
-def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"CPU {name}, {torch.get_num_threads()} threads"

@@ -30,21 +30,15 @@ def register() -> None:
 
 
 def attach(host: ModuleType) -> None:
-    """Attach our names to a module of anomalib; names that it already has are left alone.
-
-    Args:
-        host: ``anomalib.models`` or ``anomalib.data``, fully imported. The start-up hook passes the module since it
-            is not an attribute of ``anomalib`` yet.
-    """
+    """Attach our names to ``anomalib.models`` or ``anomalib.data``; names that it already has are left alone."""
     package = import_module("anomalib_mvfa")
     for name, module in package.MODULES.items():
-        ours = getattr(package, name) if module.startswith(HOSTS[host.__name__]) else None
-        if not isinstance(ours, type):
+        if not module.startswith(HOSTS[host.__name__]):
             continue
-        present = getattr(host, name, None)
-        if present is None:
+        ours = getattr(package, name)
+        if getattr(host, name, ours) is ours:
             setattr(host, name, ours)
-        elif present is not ours:
+        else:
             logger.warning("%s has a %s of its own; ours is anomalib_mvfa.%s.", host.__name__, name, name)
     if host.__name__ == "anomalib.models":
         # get_model() imports class paths from these modules only.
@@ -56,11 +50,7 @@ COMMANDS = {"compare": "compare.run", "repeat": "compare.repeat", "report": "com
 
 
 def main() -> int | None:
-    """Run anomalib's command line with MVFA registered, or a command of our own.
-
-    Returns:
-        Exit code, None for success.
-    """
+    """Run anomalib's command line with MVFA registered, or a command of our own; return the exit code, if any."""
     register()
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
         return import_module(f".{COMMANDS[sys.argv[1]]}", __package__).main(sys.argv[2:])

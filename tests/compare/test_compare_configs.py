@@ -1,6 +1,5 @@
 """Every comparison in configs/compare, run as it is but for small data, small backbones and one epoch."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,51 +8,17 @@ from anomalib_mvfa.compare import run
 from anomalib_mvfa.compare.job import CompareJob
 from anomalib_mvfa.compare.paper import paper_table
 from anomalib_mvfa.compare.plan import WITH_SHOTS, Comparison
-from anomalib_mvfa.data.phantom import write_phantom
-from recipe import TINY, write_config
-from workspace import small_comparison
+from workspace import small_comparison, write_workspace
 
 CONFIGS = sorted(Path(__file__).parents[2].joinpath("configs", "compare").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """Return a folder with data where the configs look for them: every category of BMAD and of MVTec AD, and own."""
+    """Return a folder with data where the configs look for them."""
     root = tmp_path_factory.mktemp("workspace")
-    (root / "weights").mkdir()
-    write_config(root / "weights" / "tiny.json", TINY)
-    write_phantom(root / "slices", size=32, train=2, valid=5, test=3)
-    slices = root / "slices" / "Brain"
-    write_phantom(root / "others", seed=1, size=32, train=2, valid=5, test=3)
-    others = root / "others" / "Brain"
-    for name, source in (("Brain", slices), ("Liver", slices), ("Retina_RESC", others)):
-        shutil.copytree(source, root / "datasets" / "BMAD" / name)
-    for name in ("Chest", "Retina_OCT2017", "Histopathology"):
-        shutil.copytree(others, root / "datasets" / "BMAD" / name, ignore=shutil.ignore_patterns("label"))
-    (root / "datasets" / "bmad_mini").symlink_to(root / "datasets" / "BMAD")
-    for category in ("bottle", "screw"):
-        copy(slices.glob("train/good/img/*"), root / "datasets" / "MVTecAD" / category / "train" / "good")
-        for split in ("valid", "test"):
-            target = root / "datasets" / "MVTecAD" / category
-            copy(slices.glob(f"{split}/good/img/*"), target / "test" / "good", split)
-            copy(slices.glob(f"{split}/Ungood/img/*"), target / "test" / "broken", split)
-            copy(slices.glob(f"{split}/Ungood/label/*"), target / "ground_truth" / "broken", split, "_mask")
-    own = root / "datasets" / "own"
-    for folder, patients, kind in (
-        ("normal", 10, "good/img"),
-        ("abnormal", 50, "Ungood/img"),
-        ("masks", 50, "Ungood/label"),
-    ):
-        for index, path in enumerate(sorted(slices.glob(f"*/{kind}/*"))):
-            (own / folder).mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, own / folder / f"p{patients + index // 2}_{index:02d}.png")
+    write_workspace(root)
     return root
-
-
-def copy(paths, target, prefix="", suffix=""):
-    target.mkdir(parents=True, exist_ok=True)
-    for path in paths:
-        shutil.copy(path, target / f"{prefix}{path.stem}{suffix}.png")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

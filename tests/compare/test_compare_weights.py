@@ -149,29 +149,19 @@ def test_what_a_model_trains_follows_the_seed():
     assert not torch.equal(first, other)
 
 
-def test_random_weights_of_an_argument(tiny_config):
-    spec = {"class_path": "Mvfa", "init_args": {"backbone": str(tiny_config), "pretrained": "openai"}}
-    assert build_model(spec, None, image_size=56)[1] == RANDOM
-
-
 # ------------------------------------------------------------------------------------------------ What models do anyway
 
 
-def test_null_among_the_arguments_counts_as_random(tiny_config):
-    spec = {"class_path": "Mvfa", "init_args": {"backbone": str(tiny_config), "pretrained": None, "image_size": 56}}
-    assert build_model(spec)[1] == RANDOM
-
-
-def test_file_among_the_arguments_is_named(mini_clip):
-    arguments = {"backbone": str(mini_clip.config), "pretrained": str(mini_clip.weights), "image_size": 70}
-    assert build_model({"class_path": "Mvfa", "init_args": arguments}, MODEL_DEFAULT)[1] == Origin("clip.pt", False)
-
-
-def test_pre_trained_false_counts_as_random():
+def test_where_weights_come_from_is_named(tiny_config, mini_clip):
+    tiny = {"backbone": str(tiny_config), "image_size": 56}
+    mini = {"backbone": str(mini_clip.config), "image_size": 70, "pretrained": str(mini_clip.weights)}
+    for arguments, given, origin in (
+        ({**tiny, "pretrained": "openai"}, None, RANDOM),
+        ({**tiny, "pretrained": None}, MODEL_DEFAULT, RANDOM),
+        (mini, MODEL_DEFAULT, Origin("clip.pt", False)),
+    ):
+        assert build_model({"class_path": "Mvfa", "init_args": arguments}, given)[1] == origin
     assert build_model(patchcore(pre_trained=False))[1] == RANDOM
-
-
-def test_model_without_pretrained_weights():
     assert build_model({"class_path": "Ganomaly"})[1] == Origin(None, False)
 
 

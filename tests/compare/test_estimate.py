@@ -45,7 +45,7 @@ def test_a_probe_counts_images_and_epochs(comparison, tmp_path, monkeypatch):
     assert estimate.seconds(mvfa) == 0.5 * (6 + 3 * 7 * 44)
 
 
-@pytest.mark.parametrize("name", ["Patchcore", "Mvfa", "Clip", "AprilGan", "WinClipBaseline", "Dra"])
+@pytest.mark.parametrize("name", ["Patchcore", "Mvfa", "WinClipBaseline", "Dra"])
 def test_models_are_timed_without_downloads(comparison, tiny_config, tmp_path, name):
     arguments = {"backbone": str(tiny_config), "pretrained": "openai", "image_size": 56}
     if name == "Patchcore":

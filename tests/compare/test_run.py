@@ -209,18 +209,13 @@ def test_two_comparisons_do_not_share_a_folder(comparison, done, tmp_path):
     assert done == []
 
 
-def test_remains_of_a_killed_run_are_cleared_away(comparison, done, tmp_path):
-    (tmp_path / "jobs" / ".PatchCore-Brain-k2-s0.partial").mkdir(parents=True)
-    plan = comparison(categories=["Brain"])
-    for job in plan.jobs():
-        write_failure(job, tmp_path, ValueError("earlier"))
-    run.compare(plan, tmp_path)
-    assert sorted(path.name for path in (tmp_path / "jobs").iterdir()) == [job.folder for job in plan.jobs()][::-1]
-
-
 def test_results_of_a_changed_job_are_put_aside(comparison, done, tmp_path):
     plan = comparison(categories=["Chest"])
+    (tmp_path / "jobs" / ".PatchCore-Chest-k2-s0.partial").mkdir(parents=True)  # remains of a killed run
+    for job in plan.jobs():
+        write_failure(job, tmp_path, ValueError("earlier"))
     (before, _) = run.compare(plan, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "jobs").iterdir()) == [job.folder for job in plan.jobs()][::-1]
     plan.methods["PatchCore"].data["train_batch_size"] = 1
     done.clear()
     run.compare(plan, tmp_path)

@@ -34,10 +34,11 @@ def test_mean_spread_and_average_over_seeds(tmp_path):
     assert only.cells["Brain"].figure.interval is None  # there are no scores
 
 
-def test_one_seed_has_no_spread(tmp_path):
+def test_one_seed_of_one_method_has_no_spread_and_is_not_the_best(tmp_path):
     write_config(tmp_path, ["A"], seeds=[0])
     write_job(tmp_path, make_row("A", "few_shot", "Brain", 4, 0, image=0.7))
-    assert line(tables(tmp_path), "A").cells["Brain"].figure.spread is None
+    cell = line(tables(tmp_path), "A").cells["Brain"]
+    assert (cell.figure.spread, cell.rank) == (None, None)
 
 
 def test_the_interval_is_that_of_all_seeds_and_follows_groups(tmp_path):
@@ -75,12 +76,6 @@ def test_best_and_second_of_each_column_and_ties_share(tmp_path):
     table = tables(tmp_path)
     ranks = {line.method: [cell.rank for cell in (*line.cells.values(), line.average)] for line in table.lines}
     assert ranks == {"A": [2, 1, 2], "B": [1, 1, 1], "C": [None, 2, None], "D": [None, 2, None]}
-
-
-def test_one_method_alone_is_not_the_best(tmp_path):
-    write_config(tmp_path, ["A"])
-    write_job(tmp_path, make_row("A", "few_shot", "Brain", 4, 0, image=0.9))
-    assert line(tables(tmp_path), "A").cells["Brain"].rank is None
 
 
 def test_random_weights_are_ranked_only_among_themselves(tmp_path):
@@ -159,22 +154,16 @@ def test_what_the_config_no_longer_asks_for_is_left_out(tmp_path):
     assert lacking(outcome) == [("A", "Chest", 4, [0]), ("A", "Brain", 4, [1])]
 
 
-def test_a_method_without_a_job_lacks_all(tmp_path):
-    write_config(tmp_path, ["A", "B"], seeds=[0])
-    write_job(tmp_path, make_row("A", "zero_shot", "Brain", None, 0, image=0.9))
-    assert lacking(read_outcome(tmp_path)) == [("B", None, None, [0])]
-
-
 def test_a_method_for_some_categories_lacks_no_others(tmp_path):
-    methods = {"A": {"categories": ["Brain"]}, "B": None, "C": {"categories": ["Liver"]}}
-    write_config(tmp_path, ["A", "B", "C"], categories=["Brain", "Chest"], seeds=[0], k_shots=[4])
+    methods = {"A": {"categories": ["Brain"]}, "B": None, "C": {"categories": ["Liver"]}, "D": None}
+    write_config(tmp_path, ["A", "B", "C", "D"], categories=["Brain", "Chest"], seeds=[0], k_shots=[4])
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "methods": methods}))
     for method, category in (("A", "Brain"), ("A", "Chest"), ("B", "Brain")):
         write_job(tmp_path, make_row(method, "few_shot", category, 4, 0, image=0.9))
     outcome = read_outcome(tmp_path)
     assert [(row.method, row.category) for row in outcome.rows] == [("A", "Brain"), ("B", "Brain")]
-    assert lacking(outcome) == [("B", "Chest", 4, [0])]
+    assert lacking(outcome) == [("B", "Chest", 4, [0]), ("D", None, None, [0])]  # without a job, it lacks all
 
 
 def test_the_paper_stands_beside_its_own_k_and_protocol_and_never_beside_random_weights(tmp_path):
