@@ -65,11 +65,7 @@ def _slices(root: Path) -> tuple[list[Path], list[Path], list[Path]]:
 
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.suffix == source.suffix:
-        shutil.copyfile(source, target)
-    else:
-        with Image.open(source) as image:
-            image.save(target)
+    shutil.copyfile(source, target)
 
 
 def _mask(path: Path) -> Path:
@@ -124,20 +120,6 @@ def own_folder(own_root) -> dict:
     init_args = {"name": "own", "root": str(own_root), "normal_dir": "train", "abnormal_dir": "abnormal"}
     init_args |= {"normal_test_dir": "normal", "mask_dir": "mask"}
     return {"class_path": "Folder", "init_args": init_args}
-
-
-@pytest.fixture(scope="session")
-def kolektor_root(tmp_path_factory, phantom_root) -> Path:
-    """Return a root of Kolektor's form."""
-    root = tmp_path_factory.mktemp("kolektor")
-    train, normal, abnormal = _slices(phantom_root)
-    for i, path in enumerate([*train, *normal, *abnormal]):
-        _copy(path, root / f"kos{i:02d}" / "Part0.jpg")
-        if path in abnormal:
-            _copy(_mask(path), root / f"kos{i:02d}" / "Part0_label.bmp")
-        else:
-            Image.new("L", (64, 64)).save(root / f"kos{i:02d}" / "Part0_label.bmp")
-    return root
 
 
 @pytest.fixture(scope="session")

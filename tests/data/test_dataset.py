@@ -6,14 +6,13 @@ import PIL
 import pytest
 import torch
 from anomalib.data import AnomalibDataset, Folder, ImageItem
-from anomalib.engine import Engine
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from PIL import Image
 from torchvision.transforms.v2 import Compose, InterpolationMode, RandomHorizontalFlip, Resize
 from torchvision.tv_tensors import Mask
 
-from anomalib_mvfa import BMADFewShot, Mvfa
+from anomalib_mvfa import Mvfa
 from anomalib_mvfa.contract import class_name_of
-from anomalib_mvfa.data import reading
 from anomalib_mvfa.data.augmentation import view
 from anomalib_mvfa.data.dataset import ConcatDataset, SampleDataset, SupportViewDataset, collate
 from anomalib_mvfa.data.reading import read_image, read_mask, refuse_high_bit_depth
@@ -53,18 +52,15 @@ def as_task(samples, task):
     return samples
 
 
-# ---------------------------------------------------------------------------------------------------------- files
+# --------------------------------------------------------------------------------------------------------------- Files
 
 
-OWN_YCBCR = pytest.mark.xfail(
+@pytest.mark.xfail(
     int(PIL.__version__.split(".")[0]) < 13,  # the last for Python 3.10 is 12
     reason="Pillow before 13 cannot read the YCbCr TIFF that it writes: issue 9770 of Pillow",
     raises=ValueError,
     strict=True,
 )
-
-
-@OWN_YCBCR
 def test_ycbcr_is_read_as_rgb(tmp_path):
     image = Image.fromarray(noise(32, 32, 3)).convert("YCbCr")
     image.save(tmp_path / "image.tif")
@@ -78,76 +74,51 @@ def test_16_bit_colour_tiff_is_refused(tmp_path):
         read_image(tmp_path / "rgb.tif")
 
 
-def test_absent_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"gone\.png cannot be read as an image"):
-        read_image(tmp_path / "gone.png")
+def test_the_bit_depth_of_a_file_is_checked_once(tmp_path, samples, own_folder, monkeypatch):
+    opened, real = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path, *args, **kwargs: opened.append(str(path)) or real(path, *args))
 
+    def begin(loader):
+        for batch in loader:
+            moved = move_data_to_device(batch, torch.device("cpu"))
+            opened.clear()
+            Mvfa.on_test_batch_start(None, moved)
 
-@pytest.fixture
-def opened(monkeypatch):
-    """Paths that are opened as images, in order."""
-    paths, real = [], Image.open
-    monkeypatch.setattr(Image, "open", lambda path, *args, **kwargs: paths.append(str(path)) or real(path, *args))
-    return paths
-
-
-def test_the_bit_depth_of_a_file_is_checked_once(tmp_path, samples, opened):
-    read, others = str(tmp_path / "image0.png"), [str(tmp_path / f"image{i}.png") for i in (1, 2)]
-    read_image(read)
-    opened.clear()
-    for _ in range(3):
-        refuse_high_bit_depth([read, *others])
-    assert sorted(opened) == others
-    will_be_read = SampleDataset(as_task(samples[3:], "classification"))
-    loader = eval_loader(will_be_read, 1, num_workers=0)
-    opened.clear()
-    refuse_high_bit_depth(will_be_read.samples.image_path)
+    begin(eval_loader(SampleDataset(as_task(samples, "classification")), 1, num_workers=0))
+    assert not opened  # what reads them has checked them
+    source = Folder(**own_folder["init_args"], eval_batch_size=40, num_workers=0)  # reads by itself
+    source.setup()
+    begin(source.test_dataloader())
+    assert sorted(opened) == sorted(source.test_data.samples.image_path)
+    begin(source.test_dataloader())
     assert not opened
-    Image.fromarray(noise(8, 8).astype(np.uint16) * 99).save(tmp_path / "image3.png")
-    with pytest.raises(ValueError, match=r"image3\.png has more than 8 bits"):
-        list(loader)
     Image.fromarray(noise(8, 8).astype(np.uint16) * 99).save(tmp_path / "high.png")
     for _ in range(2):
         with pytest.raises(ValueError, match=r"high\.png has more than 8 bits"):
-            refuse_high_bit_depth([str(tmp_path / "high.png")])
+            refuse_high_bit_depth(str(tmp_path / "high.png"))
     (tmp_path / "notes.txt").touch()
-    refuse_high_bit_depth([str(tmp_path / "notes.txt")])  # what is no image is not ours to refuse
-
-
-def test_a_run_opens_files_only_to_read_them(phantom_root, tiny_config, tmp_path, opened, monkeypatch):
-    loads, load = [], reading._load
-    monkeypatch.setattr(reading, "_load", lambda path, mode: loads.append(str(path)) or load(path, mode))
-    data = BMADFewShot(phantom_root, k_shot=1, num_workers=0)
-    model = Mvfa(str(tiny_config), pretrained=None, image_size=56, max_epochs=1, visualizer=False)
-    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", devices=1, enable_progress_bar=False)
-    engine.train(model, datamodule=data)
-    assert opened == loads
-    assert {*data.test_data.samples.image_path, *data.val_data.samples.image_path} <= set(opened)
+    refuse_high_bit_depth(str(tmp_path / "notes.txt"))  # what is no image is not ours to refuse
 
 
 def test_files_are_closed(tmp_path, recwarn):
     Image.fromarray(noise(8, 8)).save(tmp_path / "a.tif", save_all=True, append_images=[Image.fromarray(noise(8, 8))])
-    with pytest.raises(ValueError, match=r"a\.tif has 2 pages, of which one would be read\. Save them as files"):
+    with pytest.raises(ValueError, match=r"a\.tif has 2 pages, of which one would be read\. Save each as a file"):
         read_image(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"gone\.png cannot be read as an image"):
+        read_image(tmp_path / "gone.png")
     assert not [warning for warning in recwarn if warning.category is ResourceWarning]
 
 
-def test_masks_must_have_the_size_of_their_image(tmp_path):
-    Image.fromarray(noise(8, 9)).save(tmp_path / "mask.png")
+def test_masks_have_the_size_of_their_image_and_0_and_255(tmp_path):
+    path = tmp_path / "mask.png"
+    Image.new("L", (9, 8)).save(path)
+    assert not np.asarray(read_mask(path, (9, 8))).any()
     with pytest.raises(ValueError, match=r"Mask .*mask\.png is 9x8 pixels, its image 8x9\. They must agree\."):
-        read_mask(tmp_path / "mask.png", (8, 9))
-
-
-@pytest.mark.parametrize("highest", [1, 4, 127])
-def test_masks_of_class_numbers_are_refused(tmp_path, highest):
-    Image.fromarray(np.where(noise(8, 8) > 99, highest, 0).astype(np.uint8)).save(tmp_path / "mask.png")
-    with pytest.raises(ValueError, match=rf"values up to {highest}, and only those above 127 .* 0 and 255"):
-        read_mask(tmp_path / "mask.png", (8, 8))
-
-
-def test_empty_masks_are_read(tmp_path):
-    Image.new("L", (8, 8)).save(tmp_path / "mask.png")
-    assert not np.asarray(read_mask(tmp_path / "mask.png", (8, 8))).any()
+        read_mask(path, (8, 9))
+    for highest in (1, 127):
+        Image.fromarray(np.where(noise(8, 8) > 99, highest, 0).astype(np.uint8)).save(path)
+        with pytest.raises(ValueError, match=rf"values up to {highest}; above 127 is abnormal.* 0 and 255"):
+            read_mask(path, (8, 8))
 
 
 # ------------------------------------------------------------------------------------------------------ SampleDataset
@@ -173,13 +144,10 @@ def test_without_augmentations_images_keep_their_size(samples):
     item = SampleDataset(samples)[1]
     assert item.image.shape == (3, 64, 33)
     torch.testing.assert_close(torch.Tensor(item.image), unit(noise(64, 33, 3, seed=1)), atol=1e-7, rtol=0)
-
-
-def test_a_mask_is_abnormal_above_the_middle(samples):
     values = np.array([[0, 127, 128, 255]], dtype=np.uint8)
     Image.fromarray(values).save(samples.mask_path[2])
     Image.fromarray(np.stack([values] * 3, axis=-1)).save(samples.image_path[2])
-    assert SampleDataset(samples)[2].gt_mask.tolist() == [[0, 0, 1, 1]]
+    assert SampleDataset(samples)[2].gt_mask.tolist() == [[0, 0, 1, 1]]  # a mask is abnormal above the middle
 
 
 def test_other_augmentations_move_image_and_mask_alike(samples):
@@ -189,19 +157,14 @@ def test_other_augmentations_move_image_and_mask_alike(samples):
     assert torch.equal(flipped.gt_mask, plain.gt_mask.flip(-1))
 
 
-def test_classification_has_no_masks(samples):
+def test_classification_and_unknown_labels_have_no_masks(samples):
     items = [SampleDataset(as_task(samples, "classification"), augmentations=RESIZE)[i] for i in range(4)]
-    assert [item.gt_mask for item in items] == [None] * 4
-    assert [item.mask_path for item in items] == [None] * 4
+    assert [(item.gt_mask, item.mask_path) for item in items] == [(None, None)] * 4
     flipped = SampleDataset(as_task(samples, "classification"), augmentations=RandomHorizontalFlip(p=1))[0]
     assert flipped.gt_mask is None
-
-
-def test_unknown_labels_are_none(samples):
     samples.loc[0, "label_index"] = -1
     item = SampleDataset(samples, augmentations=RESIZE)[0]
-    assert item.gt_label is None
-    assert item.gt_mask is None
+    assert (item.gt_label, item.gt_mask) == (None, None)
 
 
 def test_items_and_batches_carry_the_class_name(samples):
@@ -212,9 +175,6 @@ def test_items_and_batches_carry_the_class_name(samples):
     assert batch.image.shape == (2, 3, 24, 24)
     assert batch.gt_mask.shape == (2, 24, 24)
     assert batch.gt_label.tolist() == [0, 1]
-
-
-def test_a_batch_mixes_no_class_names(samples):
     items = [SampleDataset(samples, class_name, RESIZE)[0] for class_name in ("Brain", "Liver")]
     with pytest.raises(ValueError, match=r"A batch mixes the class names \['Brain', 'Liver'\]; its images must"):
         collate(items)
@@ -224,13 +184,12 @@ def test_a_batch_mixes_no_class_names(samples):
 
 
 def test_anomalib_datasets_are_read_in_our_way(own_folder):
-    source = Folder(**own_folder["init_args"])
+    source = Folder(**own_folder["init_args"], val_split_mode="synthetic", seed=0)
     source.setup()
     dataset = SampleDataset.of(source.test_data, source.test_data.samples[:3], "mine")
-    assert dataset.reader is None
-    assert len(dataset) == 3
-    assert dataset.task == "segmentation"
-    assert class_name_of(dataset[0]) == "mine"
+    assert (dataset.reader, len(dataset), dataset.task, class_name_of(dataset[0])) == (None, 3, "segmentation", "mine")
+    synthetic = SampleDataset.of(source.val_data, source.val_data.samples)
+    assert {int(item.gt_label) for item in synthetic} == {0, 1}
 
 
 class InvertedDataset(AnomalibDataset):
@@ -273,13 +232,6 @@ def test_a_dataset_with_a_form_of_its_own_reads_its_items(samples):
     assert torch.equal(views[0].gt_mask, dataset[0].gt_mask)
 
 
-def test_synthetic_images_are_read(own_folder):
-    source = Folder(**own_folder["init_args"], val_split_mode="synthetic", seed=0)
-    source.setup()
-    dataset = SampleDataset.of(source.val_data, source.val_data.samples)
-    assert {int(dataset[i].gt_label) for i in range(len(dataset))} == {0, 1}
-
-
 # -------------------------------------------------------------------------------------------------------- SupportViews
 
 
@@ -294,9 +246,6 @@ def test_views_come_view_by_view_with_masks_moved_alike(samples):
         assert torch.equal(item.gt_mask, view(source.gt_mask[None].float(), which)[0] > 0.5)
         assert (item.gt_label, item.image_path) == (source.gt_label, source.image_path)
         assert class_name_of(item) == "Brain"
-
-
-def test_views_without_masks_have_none(samples):
     views = SupportViewDataset(SampleDataset(as_task(samples, "classification"), augmentations=RESIZE))
     assert all(views[index].gt_mask is None for index in range(44))
 

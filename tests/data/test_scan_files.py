@@ -38,6 +38,8 @@ def test_dicom_is_shown_by_its_own_window(tmp_path):
     exact = write_dicom(tmp_path / "b.dcm", HOUNSFIELD, WindowCenter=50, WindowWidth=400, VOILUTFunction="LINEAR_EXACT")
     assert shown(exact) == [SOFT_TISSUE]
     assert shown(exact, [-1024, 3000]) != [SOFT_TISSUE]  # what is asked for wins
+    step = write_dicom(tmp_path / "c.dcm", HOUNSFIELD, WindowCenter=50.5, WindowWidth=1)
+    assert shown(step) == [[[0, 0], [0, 0], [255, 255]]]
 
 
 def test_dicom_film_that_is_stored_inverted_is_not_shown_so(tmp_path):
@@ -45,36 +47,19 @@ def test_dicom_film_that_is_stored_inverted_is_not_shown_so(tmp_path):
     assert shown(path, [-150, 250]) == [(255 - np.array(SOFT_TISSUE)).tolist()]
 
 
-@pytest.mark.parametrize("function", [None, "SIGMOID"])
-def test_dicom_without_a_linear_window_asks_for_one(tmp_path, function):
-    elements = {"VOILUTFunction": function, "WindowCenter": 0, "WindowWidth": 1} if function else {}
-    path = write_dicom(tmp_path / "a.dcm", HOUNSFIELD, **elements)
-    message = (
-        r"a\.dcm has more than 8 bits a pixel and no intensity window .* window=\[-150, 250\], .* window=\[1%, 99%"
-    )
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(("function", "width"), [(None, None), ("SIGMOID", 1), (None, 0), (None, -400)])
+def test_dicom_without_a_linear_window_asks_for_one(tmp_path, function, width):
+    elements = {"VOILUTFunction": function, "WindowCenter": 50, "WindowWidth": width}
+    given = {name: value for name, value in elements.items() if value is not None}
+    path = write_dicom(tmp_path / "a.dcm", HOUNSFIELD, **given)
+    with pytest.raises(ValueError, match=r"a\.dcm has .* no intensity window .*=\[-150, 250\], .* window=\[1%, 99%"):
         shown(path)
 
 
-@pytest.mark.parametrize("width", [0, -400])
-def test_a_window_of_dicoms_own_that_is_none_is_not_used(tmp_path, width):
-    path = write_dicom(tmp_path / "a.dcm", HOUNSFIELD, WindowCenter=50, WindowWidth=width)
-    with pytest.raises(ValueError, match="no intensity window of its own"):
-        shown(path)
-
-
-def test_a_window_of_width_1_is_a_step(tmp_path):
-    path = write_dicom(tmp_path / "a.dcm", HOUNSFIELD, WindowCenter=50.5, WindowWidth=1)
-    assert shown(path) == [[[0, 0], [0, 0], [255, 255]]]
-
-
-def test_elements_that_were_emptied_are_absent(tmp_path):
+def test_elements_that_were_emptied_are_absent_and_masks_read_as_they_are_stored(tmp_path):
     names = ("WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept")
     path = write_dicom(tmp_path / "a.dcm", HOUNSFIELD, **dict.fromkeys(names))
     assert shown(path, [-150, 250]) == [SOFT_TISSUE]
-
-
-def test_masks_are_read_as_they_are_stored(tmp_path):
     path = write_dicom(tmp_path / "a.dcm", HOUNSFIELD, RescaleSlope=1, RescaleIntercept=-1024)
     assert read_scan(path, as_mask=True).slices[0].tolist() == HOUNSFIELD.tolist()
 
@@ -104,9 +89,7 @@ def test_frames_with_units_of_their_own_are_refused(tmp_path):
     group = Dataset()
     group.PixelValueTransformationSequence = [Dataset()]
     path = write_dicom(tmp_path / "a.dcm", HOUNSFIELD, PerFrameFunctionalGroupsSequence=[group])
-    with pytest.raises(
-        ValueError, match=r"a\.dcm cannot be read as a scan \(its frames have units of their own; .*NIf"
-    ):
+    with pytest.raises(ValueError, match=r"a\.dcm cannot be read as a scan \(its frames have units of their own;"):
         read_scan(path)
 
 
@@ -122,7 +105,7 @@ def test_nifti_is_cut_into_axial_slices_as_radiologists_look_at_them(tmp_path, s
     assert slices[3].tolist() == (slices[0] + 3).tolist()
 
 
-@pytest.mark.parametrize("flip", [(0, 1), (2,), (0, 1, 2)])
+@pytest.mark.parametrize("flip", [(0, 1), (0, 1, 2)])
 def test_nifti_stored_another_way_looks_the_same(tmp_path, flip):
     affine = np.diag([-1.0 if axis in flip else 1.0 for axis in range(3)] + [1.0])
     expected = read_scan(write_nifti(tmp_path / "a.nii", VOLUME))
@@ -153,25 +136,22 @@ def test_nifti_that_is_no_volume_is_refused(tmp_path, bad):
         read_scan(write_nifti(tmp_path / "a.nii", bad))
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite_are_refused(tmp_path, value):
-    with pytest.raises(ValueError, match=r"a\.nii has values that are not finite\. Replace them"):
-        read_scan(write_nifti(tmp_path / "a.nii", np.full((2, 2, 2), value, np.float32)))
+def test_values_that_are_not_finite_are_refused(tmp_path):
+    for value in (np.nan, np.inf):
+        with pytest.raises(ValueError, match=r"a\.nii has values that are not finite\. Replace them"):
+            read_scan(write_nifti(tmp_path / "a.nii", np.full((2, 2, 2), value, np.float32)))
 
 
 # --------------------------------------------------------------------------------------------------------- PNG and TIFF
 
 
-@pytest.mark.parametrize("kind", [".png", ".tif", ".pgm"])
-def test_16_bit_files(tmp_path, kind):
-    Image.fromarray(np.array([[0, 1000], [33267, 65535]], np.uint16)).save(tmp_path / f"a{kind}")
-    assert shown(tmp_path / f"a{kind}", [0, 65535]) == [[[0, 4], [129, 255]]]
-
-
-@pytest.mark.parametrize("kind", [np.float32, np.int32])
-def test_tiff_of_high_bit_depth(tmp_path, kind):
-    Image.fromarray(HOUNSFIELD.astype(kind)).save(tmp_path / "a.tif")
-    assert shown(tmp_path / "a.tif", [-150, 250]) == [SOFT_TISSUE]
+def test_files_of_high_bit_depth(tmp_path):
+    for name in ("a.png", "a.tif", "a.pgm"):
+        Image.fromarray(np.array([[0, 1000], [33267, 65535]], np.uint16)).save(tmp_path / name)
+        assert shown(tmp_path / name, [0, 65535]) == [[[0, 4], [129, 255]]]
+    for kind in (np.float32, np.int32):
+        Image.fromarray(HOUNSFIELD.astype(kind)).save(tmp_path / "a.tif")
+        assert shown(tmp_path / "a.tif", [-150, 250]) == [SOFT_TISSUE]
 
 
 def test_pages_are_slices(tmp_path):
@@ -180,44 +160,33 @@ def test_pages_are_slices(tmp_path):
     assert [picture[0][0] for picture in shown(tmp_path / "a.tif", [0, 100])] == [0, 128, 255]
 
 
-def test_pages_of_several_depths_are_refused(tmp_path):
+def test_pages_of_several_depths_and_16_bit_colours_are_refused(tmp_path):
     first, second = Image.fromarray(np.full((2, 2), 9, np.uint8)), Image.fromarray(np.full((2, 2), 3000, np.uint16))
     for name, pages in (("a.tif", (first, second)), ("b.tif", (second, first))):
         pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
         with pytest.raises(ValueError, match=rf"{name} cannot be read .*pages of 8 bits and of more"):
+            read_scan(tmp_path / name)
+    write_rgb_16_bit(tmp_path / "a.png")
+    write_dicom(tmp_path / "a.dcm", np.zeros((2, 2, 3), np.uint16))
+    for name in ("a.png", "a.dcm"):
+        with pytest.raises(ValueError, match=rf"{name} has colours of more than 8 bits\. Convert"):
             read_scan(tmp_path / name)
 
 
 def test_tiff_of_high_bit_depth_whose_0_is_white(tmp_path):
     Image.fromarray(np.array([[0, 1000]], np.uint16)).save(tmp_path / "a.tif", tiffinfo={262: 0})
     assert shown(tmp_path / "a.tif", [0, 1000]) == [[[255, 0]]]
+    Image.fromarray(np.full((2, 2), 77, np.uint16)).save(tmp_path / "b.png")
+    assert not np.any(shown(tmp_path / "b.png", ["1%", "99%"]))  # one value is black
 
 
-def write_lesion(path):
+def test_a_window_whose_ends_meet_or_turn_round_in_a_file(tmp_path):
     values = np.zeros((4, 4, 2), np.int16)
     values[0, 0] = 100, 200
-    return write_nifti(path, values)
-
-
-def test_a_lesion_above_a_window_whose_ends_meet_in_a_file_is_white(tmp_path):
-    assert [np.max(picture) for picture in shown(write_lesion(tmp_path / "a.nii"), ["1%", "60%"])] == [255, 255]
-
-
-def test_a_window_that_turns_round_in_a_file_is_refused(tmp_path):
-    path = write_lesion(tmp_path / "a.nii")
+    path = write_nifti(tmp_path / "a.nii", values)
+    assert [np.max(picture) for picture in shown(path, ["1%", "60%"])] == [255, 255]  # what is above is white
     with pytest.raises(ValueError, match=r"a\.nii: the window is from 500 to .* in this file\. Give the lower end"):
         shown(path, [500, "99%"])
-
-
-def test_an_image_of_one_value_is_black(tmp_path):
-    Image.fromarray(np.full((2, 2), 77, np.uint16)).save(tmp_path / "a.png")
-    assert not np.any(shown(tmp_path / "a.png", ["1%", "99%"]))
-
-
-def test_16_bit_colours_are_refused(tmp_path):
-    write_rgb_16_bit(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="colours of more than 8 bits are not supported"):
-        read_scan(tmp_path / "a.png")
 
 
 # --------------------------------------------------------------------------------------------------- Names and packages
@@ -233,27 +202,25 @@ def test_names(tmp_path, name, stem):
     assert stem_of(tmp_path / name) == stem
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "LICENSE", "DICOMDIR.json"])
-def test_other_files_are_no_scans(tmp_path, name):
-    (tmp_path / name).write_text("text")
-    assert not is_scan(tmp_path / name)
+def test_other_files_are_no_scans(tmp_path):
+    for name in ("notes.txt", "LICENSE", "DICOMDIR.json"):
+        (tmp_path / name).write_text("text")
+        assert not is_scan(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.dcm", "a.nii.gz", "a.nii", "a.png", "a.tif"])
-@pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n"])
-def test_broken_files_are_named(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{name} cannot be read as a scan \(.*Restore the file or take it out"):
-        read_scan(tmp_path / name)
+def test_broken_files_are_named(tmp_path, name):
+    for content in (b"", b"text", b"\x89PNG\r\n\x1a\n"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} cannot be read as a scan \(.*Restore the file or take it out"):
+            read_scan(tmp_path / name)
 
 
 @pytest.mark.parametrize(("name", "package"), [("a.dcm", "pydicom"), ("a.nii", "nibabel")])
 def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
     (tmp_path / name).touch()
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(
-        ModuleNotFoundError, match=rf"{name} needs a further package, {package}: pip install 'anomalib-mvfa\[scans\]'"
-    ):
+    with pytest.raises(ModuleNotFoundError, match=rf"{name} needs a further package, {package}: pip install 'anom"):
         read_scan(tmp_path / name)
 
 

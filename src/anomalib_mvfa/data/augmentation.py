@@ -22,17 +22,9 @@ VIEWS = 1 + len(_AFFINE) + 2
 
 
 def view(image: torch.Tensor, index: int) -> torch.Tensor:
-    """Return one view of an image.
+    """Return one view, from 0 to ``VIEWS - 1``, of a float image or mask ``(C, H, W)``, of the same shape.
 
-    Args:
-        image: Float image or mask ``(C, H, W)``; a mask comes back with soft edges.
-        index: Which view, from 0 to ``VIEWS - 1``.
-
-    Returns:
-        The view, of the same shape.
-
-    Raises:
-        IndexError: There is no such view.
+    A mask comes back with soft edges. IndexError if there is no such view.
     """
     if not 0 <= index < VIEWS:
         msg = f"View {index} does not exist; views are numbered 0 to {VIEWS - 1}."

@@ -120,21 +120,18 @@ def set_up_source(source: AnomalibDataModule, seed: int, with_train: bool = Fals
     """
     if hasattr(source, "needs_train"):
         source.needs_train = with_train
-    shared_with_test = {ValSplitMode.NONE, ValSplitMode.SAME_AS_TEST, ValSplitMode.FROM_TEST}
-    has_validation = source.val_split_mode not in shared_with_test
-    if not has_validation:
+    if source.val_split_mode in {ValSplitMode.SAME_AS_TEST, ValSplitMode.FROM_TEST}:
         source.val_split_mode = ValSplitMode.NONE
     if source.seed is None:
         source.seed = seed  # else every process would split by itself
     source.setup()
-    return source.val_data if has_validation else None
+    return None if source.val_split_mode == ValSplitMode.NONE else source.val_data
 
 
 def hold_out_validation(
     source: AnomalibDataModule, samples: DataFrame, seed: int, group_by: str | None
 ) -> tuple[DataFrame, DataFrame]:
     """Split test images of a source into those that stay and, by its ``val_split_ratio``, those that validate."""
-    name, percent = source.category or source.name, 100 * source.val_split_ratio
     message = "%s has no validation images of its own: %.0f %% of its test images become such, drawn with seed %d."
-    logger.info(message, name, percent, seed)
+    logger.info(message, source.category or source.name, 100 * source.val_split_ratio, seed)
     return hold_out(samples, source.val_split_ratio, seed, group_by)

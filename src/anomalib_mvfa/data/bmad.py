@@ -1,7 +1,6 @@
 """BMAD (Bao et al., 2023): six medical data sets, in anomalib's and in the published folder layout."""
 
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from pandas import DataFrame
 from .dataset import SampleDataset
 from .few_shot import FewShot
 from .leave_one_out import LeaveOneOut
-from .reading import check_mask_names, find_images
+from .reading import by_name, check_mask_names, find_images
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 MASK_FOLDERS = ("label", "anomaly_mask")
@@ -49,14 +48,12 @@ def check_category(name: str) -> None:
 
 def category_folder(root: str | Path, category: str) -> Path:
     """Return the folder of a category, ``root/Brain`` or ``root/Brain_AD``; FileNotFoundError if there is neither."""
-    check_category(category)
     folders = [(name, Path(root, f"{name}{suffix}")) for name in CATEGORIES for suffix in ("_AD", "")]
     there = {name: folder for name, folder in folders if folder.is_dir()}
     if category not in there:
         msg = (
             f"root={str(root)!r} holds neither {category} nor {category}_AD; categories found there: "
-            f"{', '.join(there) or 'none'}. Give the folder that contains {category}, or name categories that are "
-            "there (category, train_categories)."
+            f"{', '.join(there) or 'none'}. Give the folder that contains {category}, or choose other categories."
         )
         raise FileNotFoundError(msg)
     return there[category]
@@ -71,8 +68,7 @@ def find_samples(root: str | Path, category: str, split: str) -> DataFrame:
     """
     folder = category_folder(root, category) / split
     has_masks = CATEGORIES[category].has_masks
-    found = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    if odd := sorted(name for name in found if name not in LABEL_FOLDERS and not name.startswith(".")):
+    if odd := sorted(path.name for path in _visible(folder) if path.is_dir() and path.name not in LABEL_FOLDERS):
         msg = f"{folder} has a folder {odd[0]!r}; its folders must be called good and Ungood. Rename or remove it."
         raise ValueError(msg)
     rows = []
@@ -82,7 +78,13 @@ def find_samples(root: str | Path, category: str, split: str) -> DataFrame:
             msg = f"{folder / name} has images both in img/ and beside it, such as {beside[0].name}. Put all in img/."
             raise ValueError(msg)
         images = within or beside
-        masks = _match_masks(folder / name, images) if has_masks and label == LabelName.ABNORMAL and images else {}
+        masks: dict[str, Path] = {}
+        if has_masks and label == LabelName.ABNORMAL and images:
+            places = [parent / place for place in MASK_FOLDERS for parent in (folder / name, folder / name / "img")]
+            masks = by_name([mask for place in places for mask in _images(place)], lambda path: path.stem)
+            names = by_name(images, lambda path: path.stem)
+            rule = "A mask lies in label or anomaly_mask under its image's name."
+            check_mask_names(str(folder / name), names, masks, rule)
         rows += [(str(image), name, int(label), str(masks.get(image.stem, "")), split) for image in images]
     if not rows:
         msg = f"{folder} has no images in good/ or Ungood/ ({', '.join(sorted(IMAGE_SUFFIXES))}, any case)."
@@ -92,23 +94,13 @@ def find_samples(root: str | Path, category: str, split: str) -> DataFrame:
     return samples
 
 
+def _visible(folder: Path) -> list[Path]:
+    """Return what is in a folder and not hidden, nothing if there is no folder."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+
+
 def _images(folder: Path) -> list[Path]:
-    """Return the images in a folder, none if there is no folder; hidden files and folders are left out."""
-    paths = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
-    return find_images(folder, paths, lambda path: path.suffix.lower() in IMAGE_SUFFIXES)
-
-
-def _match_masks(folder: Path, images: list[Path]) -> dict[str, Path]:
-    """Return the masks of images by the images' names without suffix."""
-    found = [mask for name in MASK_FOLDERS for parent in (folder, folder / "img") for mask in _images(parent / name)]
-    masks = {mask.stem: mask for mask in found}
-    stems = {image.stem for image in images}
-    if len(masks) < len(found) or len(stems) < len(images):
-        twice = sorted(name for name, count in Counter(path.stem for path in (*found, *images)).items() if count > 2)
-        msg = f"{folder} has several images or masks of one name up to the suffix: {twice[:5]}. Rename or remove them."
-        raise ValueError(msg)
-    check_mask_names(str(folder), stems, masks, "A mask lies in label or anomaly_mask under its image's name.")
-    return masks
+    return find_images(folder, _visible(folder), lambda path: path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 class BMADOneClass(BMAD):
@@ -144,11 +136,12 @@ class BMADOneClass(BMAD):
             FileNotFoundError: The root holds something else.
             RuntimeError: The download failed.
         """
-        if self.root.is_dir() and any(self.root.iterdir()):
-            category_folder(self.root, self.category)
+        root = self.root
+        if root.is_dir() and any(root.iterdir()):
+            category_folder(root, self.category)
             return
         # Downloaded beside it and then renamed, so that an interrupted run leaves no part of a data set.
-        root, self.root = self.root, self.root.with_name(f".{self.root.name}.partial")
+        self.root = root.with_name(f".{root.name}.partial")
         try:
             shutil.rmtree(self.root, ignore_errors=True)
             super().prepare_data()
@@ -203,8 +196,7 @@ class BMADLeaveOneOut(LeaveOneOut):
         train_categories: Categories to learn from; all others by default.
         exclude_modality: Leave categories of the same modality out as well. The published numbers do not: either
             retinal OCT set is tested by a model that has learnt from the other.
-        kwargs: Arguments of :class:`~anomalib_mvfa.data.leave_one_out.LeaveOneOut` other than ``sources`` and
-            ``held_out``.
+        kwargs: Arguments of :class:`~anomalib_mvfa.data.leave_one_out.LeaveOneOut` other than these two.
 
     Raises:
         ValueError: A category is unknown, or is held out and learnt from at once, or none is left to learn from.

@@ -5,7 +5,7 @@ Axes: H height, W width.
 
 import copy
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ from torchvision.tv_tensors import Mask
 
 from ..contract import class_name_of
 from .augmentation import VIEWS, view
-from .reading import MASK_THRESHOLD, read_image, read_mask
+from .reading import MASK_THRESHOLD, read_image, read_mask, refuse_high_bit_depth
 
 
 class SampleDataset(AnomalibDataset):
@@ -62,10 +62,15 @@ class SampleDataset(AnomalibDataset):
 
     def __getitem__(self, index: int) -> ImageItem:
         """Return an item: image ``(3, H, W)`` in [0, 1], mask ``(H, W)`` where the data set has masks, and label."""
+        row = self.samples.iloc[index]
         if self.reader is None:
-            return _with_class_name(self._read(self.samples.iloc[index]), self.class_name)
-        self.reader.augmentations = self.augmentations
-        return _with_class_name(cast("ImageItem", self.reader[index]), self.class_name)
+            item = self._read(row)
+        else:
+            refuse_high_bit_depth(row.image_path)
+            self.reader.augmentations = self.augmentations
+            item = cast("ImageItem", self.reader[index])
+        item.class_name = self.class_name  # type: ignore[attr-defined]  # no field of anomalib's
+        return item
 
     @property
     def collate_fn(self) -> Callable[[list[ImageItem]], ImageBatch]:
@@ -73,26 +78,23 @@ class SampleDataset(AnomalibDataset):
         return collate
 
     def _read(self, row: Series) -> ImageItem:
-        image = read_image(row.image_path)
-        mask, mask_path = None, None
-        if self.task == TaskType.SEGMENTATION and row.label_index == LabelName.ABNORMAL:
-            mask_path = str(row.mask_path)
-            mask = read_mask(mask_path, image.size)
-        elif self.task == TaskType.SEGMENTATION and row.label_index == LabelName.NORMAL:
-            mask = Image.new("L", image.size)
-        if isinstance(self.augmentations, Resize):
-            image = self.augmentations(image)
+        image, mask = read_image(row.image_path), None
+        is_abnormal, augment = row.label_index == LabelName.ABNORMAL, self.augmentations
+        if self.task == TaskType.SEGMENTATION and row.label_index != LabelName.UNKNOWN:
+            mask = read_mask(row.mask_path, image.size) if is_abnormal else Image.new("L", image.size)
+        if isinstance(augment, Resize):
+            image, augment = augment(image), None
             mask = mask.resize(image.size, Image.Resampling.NEAREST) if mask else None
         tensor = to_dtype(to_image(image), torch.float32, scale=True)
         gt_mask = Mask(torch.from_numpy(np.asarray(mask) > MASK_THRESHOLD).to(torch.uint8)) if mask else None
-        if self.augmentations is not None and not isinstance(self.augmentations, Resize):
-            tensor, gt_mask = self.augmentations(tensor, gt_mask)
+        if augment is not None:
+            tensor, gt_mask = augment(tensor, gt_mask)
         return ImageItem(
             image=tensor,
             gt_mask=gt_mask,
             gt_label=None if row.label_index == LabelName.UNKNOWN else torch.tensor(int(row.label_index)),
             image_path=str(row.image_path),
-            mask_path=mask_path,
+            mask_path=str(row.mask_path) if mask and is_abnormal else None,
         )
 
 
@@ -122,11 +124,7 @@ class SupportViewDataset(SampleDataset):
 
 
 class ConcatDataset(AnomalibDataset):
-    """Several datasets, of which a batch sampler takes one batch at a time from one of them.
-
-    Args:
-        parts: The datasets.
-    """
+    """Several datasets, of which a batch sampler takes one batch at a time from one of them."""
 
     def __init__(self, parts: list[SampleDataset]) -> None:
         self.parts = parts
@@ -162,29 +160,17 @@ class ConcatDataset(AnomalibDataset):
             if index < len(part):
                 return part[index]
             index -= len(part)
-        msg = f"Index is {index} beyond the last image."
-        raise IndexError(msg)
+        raise IndexError
 
     collate_fn = SampleDataset.collate_fn
 
 
 def collate(items: list[ImageItem]) -> ImageBatch:
-    """Collate items of one data set into a batch that carries its class name.
-
-    Raises:
-        ValueError: The items have different class names.
-    """
+    """Collate items into a batch that carries their class name; ValueError if they have several."""
     names = {class_name_of(item) for item in items}
     if len(names) > 1:
         msg = f"A batch mixes the class names {sorted(map(str, names))}; its images must come from one data set."
         raise ValueError(msg)
-    return _with_class_name(cast("ImageBatch", ImageBatch.collate(items)), names.pop())
-
-
-_Carrier = TypeVar("_Carrier", ImageItem, ImageBatch)
-
-
-def _with_class_name(item: _Carrier, class_name: str | None) -> _Carrier:
-    """Give an item or a batch the class name that the contract lets it carry."""
-    item.class_name = class_name  # type: ignore[attr-defined]  # no field of anomalib's
-    return item
+    batch = cast("ImageBatch", ImageBatch.collate(items))
+    batch.class_name, batch.is_8_bit = names.pop(), True  # type: ignore[attr-defined]  # no fields of anomalib's
+    return batch

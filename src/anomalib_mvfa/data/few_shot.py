@@ -11,7 +11,7 @@ from ..arguments import check_bounds
 from ..contract import FEW_SHOT
 from .base import Source, SplitDataModule, hold_out_validation, resolve_source, set_up_source
 from .dataset import SampleDataset, SupportViewDataset
-from .support import LABELS, check_pattern, draw, duplicates, group_of, pick, read_support_list
+from .support import LABELS, check_pattern, draw, duplicates, groups_of, pick, read_support_list
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -46,6 +46,7 @@ class FewShot(SplitDataModule):
     """
 
     protocol = FEW_SHOT
+    needs_train = False
 
     def __init__(
         self,
@@ -61,8 +62,7 @@ class FewShot(SplitDataModule):
         self.source = resolve_source(source)
         super().__init__(train_batch_size, **kwargs)
         self.sources, self.category = [self.source], self.source.category
-        self.k_shot = k_shot
-        self.abnormal_shots = k_shot if abnormal_shots is None else abnormal_shots
+        self.k_shot, self.abnormal_shots = k_shot, k_shot if abnormal_shots is None else abnormal_shots
         check_bounds("abnormal_shots", self.abnormal_shots, 0)
         self.support_list = support_list
         self.group_by = group_by or getattr(self.source, "group_by", None)
@@ -70,11 +70,8 @@ class FewShot(SplitDataModule):
         self.support: SupportViewDataset
 
     def _setup(self, _stage: str | None = None) -> None:
-        self._split()
-
-    def _split(self, with_train: bool = False) -> None:
         """Set the source up, and split its images into support, validation and test."""
-        own = set_up_source(self.source, self.seed, with_train)
+        own = set_up_source(self.source, self.seed, self.needs_train)
         dataset = self.source.test_data if own is None else own
         pool, test = dataset.samples, self.source.test_data.samples
         support = self._named(pool) if self.support_list else None
@@ -84,7 +81,7 @@ class FewShot(SplitDataModule):
         pool = self._without(pool, test)
         if support is None:
             support = self._drawn(pool)
-        elif shared := set(self._groups(support)) & set(self._groups(test)):
+        elif shared := set(groups_of(support, self.group_by)) & set(groups_of(test, self.group_by)):
             msg = (
                 f"support_list={str(self.support_list)!r} names images of {sorted(shared)}, which are tested too "
                 f"(group_by={self.group_by!r}). Name images of other groups."
@@ -128,34 +125,29 @@ class FewShot(SplitDataModule):
                 grouped = f" in groups of their own (group_by={self.group_by!r})" if self.group_by else ""
                 msg = (
                     f"{argument}={count} is too large: {self.category or self.name} has {len(images)} "
-                    f"{LABELS[label][0]} validation images{grouped}. Choose at most {len(images)}, or give a source "
-                    "with more, for instance by its val_split_mode='from_test' and val_split_ratio."
+                    f"{LABELS[label][0]} validation images{grouped}. Choose at most {len(images)}, or raise the "
+                    "source's val_split_ratio, with val_split_mode='from_test'."
                 )
                 raise ValueError(msg)
             chosen.append(draw(images, count, self.seed))
         return pd.concat(chosen, ignore_index=True)
 
-    def _groups(self, samples: DataFrame) -> list[str]:
-        return [group_of(path, self.group_by) for path in samples.image_path]
-
     def _without(self, samples: DataFrame, others: DataFrame) -> DataFrame:
         """Return the samples that share no group with others."""
-        groups = set(self._groups(others))
-        return samples.loc[[group not in groups for group in self._groups(samples)]]
+        return samples[~groups_of(samples, self.group_by).isin(groups_of(others, self.group_by))]
 
     def _check(self, support: DataFrame, val: DataFrame, test: DataFrame) -> None:
         """Raise ValueError where support images are evaluated too, or nothing is left to test."""
         if found := duplicates(support.image_path, [*val.image_path, *test.image_path]):
             shown = "; ".join(f"{one} = {other}" for one, other in found[:3])
             msg = (
-                f"{len(found)} support images appear in validation or test again, under the same or another name: "
-                f"{shown}. Remove the duplicates, or choose another seed or support_list."
+                f"{len(found)} support images appear in validation or test again: {shown}. Remove the duplicates, or "
+                "choose another seed or support_list."
             )
             raise ValueError(msg)
         if not len(test):
             msg = (
                 f"{self.category or self.name} has no test image left beside {len(support)} support and {len(val)} "
-                f"validation images (group_by={self.group_by!r}). Give the source a smaller val_split_ratio, or more "
-                "images."
+                f"validation images (group_by={self.group_by!r}). Lower the source's val_split_ratio, or add images."
             )
             raise ValueError(msg)

@@ -26,11 +26,13 @@ class FullNormal(FewShot):
         ValueError: FewShot raises it, or the source has no normal training image of another group than it tests.
     """
 
+    needs_train = True
+
     def __init__(self, source: Source, train_batch_size: int = 32, **kwargs) -> None:  # noqa: ANN003
         super().__init__(source, train_batch_size=train_batch_size, **kwargs)
 
     def _setup(self, _stage: str | None = None) -> None:
-        self._split(with_train=True)
+        super()._setup(_stage)
         del self.support  # a memory bank is built from the training images
         train = self.source.train_data
         samples = self._without(train.samples, self.test_data.samples)
@@ -38,7 +40,7 @@ class FullNormal(FewShot):
         if not len(samples):
             msg = (
                 f"{self.category or self.name} has no normal training image that is not of a tested group "
-                f"(group_by={self.group_by!r}). Give a source with training images, or learn from few by FewShot."
+                f"(group_by={self.group_by!r}). Give a source with training images, or use FewShot."
             )
             raise ValueError(msg)
         self.train_data = SampleDataset.of(train, samples, self.class_name)

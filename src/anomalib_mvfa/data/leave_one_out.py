@@ -59,16 +59,15 @@ class LeaveOneOut(SplitDataModule):
     def _setup(self, _stage: str | None = None) -> None:
         train, val = [], []
         for source in self.training:
-            dataset = set_up_source(source, self.seed)
-            learnt = source.test_data.samples
-            if dataset is not None:
-                validating = dataset.samples
-            else:
-                dataset, group_by = source.test_data, getattr(source, "group_by", None)
+            own, learnt = set_up_source(source, self.seed), source.test_data.samples
+            if own is None:
+                group_by = getattr(source, "group_by", None)
                 learnt, validating = hold_out_validation(source, learnt, self.seed, group_by)
+            else:
+                validating = own.samples
             class_name = class_name_of_data(source) or source.name
             train.append(SampleDataset.of(source.test_data, learnt, class_name))
-            val.append(SampleDataset.of(dataset, validating, class_name))
+            val.append(SampleDataset.of(source.test_data if own is None else own, validating, class_name))
         self.train_data, self.val_data = ConcatDataset(train), ConcatDataset(val)
         mode, self.target.val_split_mode = self.target.val_split_mode, ValSplitMode.NONE  # all of it is tested
         set_up_source(self.target, self.seed)

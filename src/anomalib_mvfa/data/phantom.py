@@ -52,16 +52,16 @@ def write_phantom(root: Path, seed: int = 0, size: int = 128, train: int = 16, v
         return
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".Brain-", dir=root) as scratch, explain_full_disk(target):
-        counts = {"train": (train, 0), "valid": (valid, valid), "test": (test, test)}
-        for split, (part, numbers) in enumerate(counts.items()):
-            for label, (name, number) in enumerate(zip(LABEL_FOLDERS, numbers, strict=True)):
-                for index in range(number):
+        for split, (part, count) in enumerate({"train": train, "valid": valid, "test": test}.items()):
+            for label, name in enumerate(LABEL_FOLDERS if part != "train" else ["good"]):
+                folders = [Path(scratch, "Brain", part, name, kind) for kind in ("img", "label")[: 1 + label]]
+                for folder in folders:
+                    folder.mkdir(parents=True)
+                for index in range(count):
                     rng = np.random.default_rng([seed, split, label, index])
-                    planes = draw_slice(rng, size, lesions=1 + index % 3 if label else 0)
-                    for folder, plane in zip(("img", "label")[: 1 + label], planes, strict=False):
-                        path = Path(scratch, "Brain", part, name, folder, f"{index:03d}.png")
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        Image.fromarray(plane if folder == "img" else plane.astype(np.uint8) * 255).save(path)
+                    image, mask = draw_slice(rng, size, lesions=label * (1 + index % 3))
+                    for folder, plane in zip(folders, (image, np.uint8(255) * mask), strict=False):
+                        Image.fromarray(plane).save(folder / f"{index:03d}.png")
         try:
             Path(scratch, "Brain").rename(target)
         except OSError:
@@ -76,24 +76,11 @@ class BrainPhantom(BMADOneClass):
         root: Folder that is to hold the images.
         size: Height and width of the images in pixels.
         seed: Seed of all images.
-        train_batch_size: Images in a training batch.
-        eval_batch_size: Images in a validation or test batch.
-        num_workers: Processes that load images.
+        kwargs: Further arguments of anomalib's ``BMAD``: batch sizes, workers, augmentations and splits.
     """
 
-    seed: int
-
-    def __init__(
-        self,
-        root: Path | str = "./datasets/Phantom",
-        size: int = 128,
-        seed: int = 0,
-        train_batch_size: int = 32,
-        eval_batch_size: int = 32,
-        num_workers: int = 8,
-    ) -> None:
-        folder = Path(root) / f"size{size}-seed{seed}"
-        super().__init__(folder, "Brain", train_batch_size, eval_batch_size, num_workers, seed=seed)
+    def __init__(self, root: Path | str = "./datasets/Phantom", size: int = 128, seed: int = 0, **kwargs) -> None:  # noqa: ANN003
+        super().__init__(Path(root) / f"size{size}-seed{seed}", "Brain", seed=seed, **kwargs)
         self.size = size
 
     @property
@@ -103,7 +90,7 @@ class BrainPhantom(BMADOneClass):
 
     def prepare_data(self) -> None:
         """Draw the images, unless they are there."""
-        write_phantom(self.root, self.seed, self.size)
+        write_phantom(self.root, self.seed or 0, self.size)
 
 
 class Phantom(BrainPhantom):

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,50 +14,70 @@ logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings 
 MASK_THRESHOLD = 127
 """Of 8-bit mask values, those above are abnormal."""
 
-_checked: set[str] = set()
-"""Files whose bit depth this process has checked, or its loaders will."""
 
+def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
+    """Read an image file as 8-bit RGB, upright if its EXIF data say how it was held.
 
-def read_image(path: str | Path) -> Image.Image:
-    """Read an image file as 8-bit RGB; ValueError if it is no readable image, or has more than 8 bits a channel."""
-    return _load(path, "RGB")
+    Raises:
+        ValueError: The file is no readable image, has several pages, or more than 8 bits a channel.
+    """
+    try:
+        with Image.open(path) as image:
+            is_high = is_high_bit_depth(image)
+            pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a camera's photo and its previews
+            converted = ImageOps.exif_transpose(image).convert(mode)
+    except Image.DecompressionBombError as error:
+        msg = f"{path} is too large an image ({error}). Scale it down or cut it into tiles."
+        raise ValueError(msg) from error
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError ... on broken files
+        msg = f"{path} cannot be read as an image ({error}). Restore the file or take it out of the data set."
+        raise ValueError(msg) from error
+    _check_bit_depth(path, is_high)
+    if pages > 1:
+        msg = (
+            f"{path} has {pages} pages, of which one would be read. Save each as a file, or use Scans or PredictScans."
+        )
+        raise ValueError(msg)
+    return converted
 
 
 def read_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
-    """Read a mask file as 8-bit grey.
-
-    Args:
-        path: The file.
-        size: Width and height of the image that the mask belongs to.
-
-    Raises:
-        ValueError: The file is no readable image, of another size, or marks something, but by too low values.
-    """
-    mask = _load(path, "L")
+    """Read a mask file as 8-bit grey; ValueError if it has not its image's size ``(W, H)``, or too low values."""
+    mask = read_image(path, "L")
     if mask.size != size:
         msg = f"Mask {path} is {mask.width}x{mask.height} pixels, its image {size[0]}x{size[1]}. They must agree."
         raise ValueError(msg)
-    highest = int(np.asarray(mask).max())
-    if 0 < highest <= MASK_THRESHOLD:
-        msg = (
-            f"Mask {path} has values up to {highest}, and only those above {MASK_THRESHOLD} count as abnormal. Write "
-            "masks with 0 and 255."
-        )
-        raise ValueError(msg)
+    check_mask_values(path, np.asarray(mask))
     return mask
+
+
+def check_mask_values(path: str | Path, values: np.ndarray) -> None:
+    """Raise ValueError for a mask that marks something, but by too low 8-bit values."""
+    if 0 < (highest := values.max()) <= MASK_THRESHOLD:
+        msg = f"Mask {path} has values up to {highest}; above {MASK_THRESHOLD} is abnormal. Write masks with 0 and 255."
+        raise ValueError(msg)
 
 
 def find_images(folder: Path, paths: Iterable[Path], is_image: Callable[[Path], bool]) -> list[Path]:
     """Return the images among the paths in a folder, sorted, which must be files; the log names what is left out."""
     found = sorted(paths)
     images = [path for path in found if is_image(path)]
-    for path in images:
-        if not path.is_file():
-            msg = f"{path} is no file: a folder, or a link to nothing. Restore it or take it out of the data set."
-            raise ValueError(msg)
+    if odd := [path for path in images if not path.is_file()]:
+        msg = f"{odd[0]} is no file: a folder, or a link to nothing. Restore it or take it out of the data set."
+        raise ValueError(msg)
     if left := [path.name for path in found if not path.is_dir() and not is_image(path)]:
         logger.warning("%s: %d files are no images by their names and left out: %s.", folder, len(left), left[:5])
     return images
+
+
+def by_name(paths: Iterable[Path], name_of: Callable[[Path], str]) -> dict[str, Path]:
+    """Return files by their names without suffixes; ValueError if two have the same."""
+    named: dict[str, Path] = {}
+    for path in paths:
+        if (other := named.setdefault(name_of(path), path)) != path:
+            msg = f"{other} and {path} have the same name, but for the suffix. Rename or remove one."
+            raise ValueError(msg)
+    return named
 
 
 def check_mask_names(where: str, images: Iterable[str], masks: Iterable[str], rule: str) -> None:
@@ -76,50 +97,17 @@ def is_high_bit_depth(image: ImageFile.ImageFile) -> bool:
     return image.mode in {"I", "F"} or ";16" in f"{image.mode} {image.tile}"
 
 
-def refuse_high_bit_depth(paths: Iterable[str]) -> None:
-    """Raise ValueError for images of more than 8 bits, whose values readers other than ours cut off at 255.
-
-    A file is opened once per process, and not at all if :func:`read_image` has read it or will.
-    """
-    for path in set(paths) - _checked:
-        with suppress(OSError), Image.open(path) as image:  # what Pillow cannot read is not for us to refuse
-            _check_bit_depth(path, is_high_bit_depth(image))
-        _checked.add(path)
-
-
-def will_read(paths: Iterable[str]) -> None:
-    """Note files that a loader, whose processes are others, reads by :func:`read_image`, which checks them."""
-    _checked.update(paths)
+@cache
+def refuse_high_bit_depth(path: str) -> None:
+    """Raise ValueError for an image of more than 8 bits, whose values readers other than ours cut off at 255."""
+    with suppress(OSError), Image.open(path) as image:  # what Pillow cannot read is not for us to refuse
+        _check_bit_depth(path, is_high_bit_depth(image))
 
 
 def _check_bit_depth(path: str | Path, is_high: bool) -> None:
     if is_high:
         msg = (
             f"{path} has more than 8 bits a channel, and only its origin tells which intensity window to show. Convert "
-            "it to 8 bits with that window, or read it by Scans or, to predict, PredictScans, which do."
+            "it to 8 bits with that window, or use Scans or PredictScans, which do."
         )
         raise ValueError(msg)
-    _checked.add(str(path))
-
-
-def _load(path: str | Path, mode: str) -> Image.Image:
-    """Read a file in a mode, upright if its EXIF data say how it was held."""
-    try:
-        with Image.open(path) as image:
-            is_high = is_high_bit_depth(image)
-            pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a camera's photo and its previews
-            converted = ImageOps.exif_transpose(image).convert(mode)
-    except Image.DecompressionBombError as error:
-        msg = f"{path} is too large an image ({error}). Scale it down or cut it into tiles."
-        raise ValueError(msg) from error
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError ... on broken files
-        msg = f"{path} cannot be read as an image ({error}). Restore the file or take it out of the data set."
-        raise ValueError(msg) from error
-    _check_bit_depth(path, is_high)
-    if pages > 1:
-        msg = (
-            f"{path} has {pages} pages, of which one would be read. Save them as files of their own, or read them by "
-            "Scans or, to predict, PredictScans, which do."
-        )
-        raise ValueError(msg)
-    return converted

@@ -12,7 +12,6 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, DistributedSampler
 
 from .dataset import ConcatDataset
-from .reading import will_read
 
 EPOCHS_APART = 1_000_000
 
@@ -44,13 +43,10 @@ class OneDatasetBatches(DistributedSampler):
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this process's share of every batch."""
         rng = None if self.order_seed is None else np.random.default_rng([self.order_seed, self.epoch])
-        batches, start = [], 0
-        step = self.batch_size * self.num_replicas
-        for part in self.dataset.parts:
-            order = np.arange(start, start + len(part))
-            start += len(part)
-            if rng is not None:
-                order = rng.permutation(order)
+        batches, step = [], self.batch_size * self.num_replicas
+        ends = np.cumsum([len(part) for part in self.dataset.parts])
+        for part in np.split(np.arange(len(self.dataset)), ends[:-1]):
+            order = part if rng is None else rng.permutation(part)
             for first in range(0, len(order), step):
                 batch = order[first : first + step]
                 if rng is not None:  # every process must take part in every training step
@@ -81,13 +77,7 @@ def eval_loader(dataset: AnomalibDataset, batch_size: int, num_workers: int) -> 
     return _loader(dataset, UnrepeatedDistributedSampler(dataset, *_ranks(), shuffle=False), batch_size, num_workers)
 
 
-def _loader(
-    dataset: AnomalibDataset, sampler: DistributedSampler, batch_size: int | None, num_workers: int
-) -> DataLoader:
-    for part in dataset.parts if isinstance(dataset, ConcatDataset) else [dataset]:
-        if getattr(part, "reader", part) is None:
-            will_read(part.samples.image_path)
+def _loader(dataset: AnomalibDataset, sampler: DistributedSampler, batch_size: int | None, workers: int) -> DataLoader:
     # Lightning rebuilds loaders by keyword, so nothing but the dataset is given by position.
-    return DataLoader(
-        dataset, batch_size=batch_size, sampler=sampler, collate_fn=dataset.collate_fn, num_workers=num_workers
-    )
+    collate_fn = dataset.collate_fn
+    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=workers)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, ImageSequence
-from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 
 from .reading import is_high_bit_depth
 
@@ -55,9 +55,9 @@ def stem_of(path: Path) -> str:
 def read_scan(path: Path, as_mask: bool = False) -> Scan:
     """Read a file.
 
-    DICOM is read in the units of its modality (Hounsfield units of CT), or as it is stored if it is a mask. NIfTI is
-    cut into axial slices, from the feet up, as radiologists look at them: the front of the body on top, and the
-    patient's right side on the left.
+    DICOM is read in the units of its modality (Hounsfield units of CT), or as it is stored if it is a mask; 8-bit PNG
+    and the like in colour, or as grey if it is a mask. NIfTI is cut into axial slices, from the feet up, as
+    radiologists look at them: the front of the body on top, and the patient's right side on the left.
 
     Raises:
         ValueError: It cannot be read, has values that are not finite, or is of a kind that is not supported.
@@ -68,13 +68,16 @@ def read_scan(path: Path, as_mask: bool = False) -> Scan:
         if name.endswith(NIFTI_SUFFIXES):
             scan = _read_nifti(path)
         else:
-            scan = _read_pillow(path) if name.endswith(PILLOW_SUFFIXES) else _read_dicom(path, as_mask)
+            scan = (_read_pillow if name.endswith(PILLOW_SUFFIXES) else _read_dicom)(path, as_mask)
     except ModuleNotFoundError as error:
         msg = f"{path} needs a further package, {error.name}: pip install 'anomalib-mvfa[scans]'."
         raise ModuleNotFoundError(msg, name=error.name) from error
     except Exception as error:  # whatever a reader raises on a broken file
         msg = f"{path} cannot be read as a scan ({error}). Restore the file or take it out of the data set."
         raise ValueError(msg) from error
+    if scan.slices.ndim == 4 and not scan.is_8_bit:
+        msg = f"{path} has colours of more than 8 bits. Convert them to 8 bits."
+        raise ValueError(msg)
     if not np.isfinite(scan.slices).all():
         msg = f"{path} has values that are not finite. Replace them, for instance by the background's value."
         raise ValueError(msg)
@@ -85,20 +88,18 @@ def to_8_bit(scan: Scan, window: Window | None, path: Path) -> list[Image.Image]
     """Return a scan's slices as 8-bit images, in a window or by default the file's own; 8-bit scans as they are.
 
     Percentiles are of all slices together. Where both ends of the window are the same, what is above is white.
-
-    Raises:
-        ValueError: There is no window, or its ends fall in this file.
+    ValueError if there is no window, or its ends fall in this file.
     """
     values = scan.slices
     if not scan.is_8_bit:
-        bounds = scan.window if window is None else [_value(end, values) for end in window]
-        if bounds is None:
+        ends = window or scan.window
+        if ends is None:
             msg = (
                 f"{path} has more than 8 bits a pixel and no intensity window of its own. Say which values become "
                 "black and which white: window=[-150, 250], in its units, or window=[1%, 99%], percentiles of a file."
             )
             raise ValueError(msg)
-        low, high = bounds
+        low, high = (np.percentile(values, float(end[:-1])) if isinstance(end, str) else end for end in ends)
         if high < low:
             msg = f"{path}: the window is from {low:g} to {high:g} in this file. Give the lower end first."
             raise ValueError(msg)
@@ -133,27 +134,16 @@ def _parse_bound(end: Bound) -> Bound:
     return f"{number:g}%" if is_percentile else number
 
 
-def _value(end: Bound, values: np.ndarray) -> float:
-    """Return the value of a window's end in a file."""
-    return float(np.percentile(values, float(end[:-1]))) if isinstance(end, str) else end
-
-
-def _read_pillow(path: Path) -> Scan:
+def _read_pillow(path: Path, as_mask: bool) -> Scan:
     with Image.open(path) as image:
-        is_high = is_high_bit_depth(image)
-        if is_high and len(image.getbands()) > 1:
-            msg = "colours of more than 8 bits are not supported; convert them to 8 bits"
-            raise ValueError(msg)
-        frames = []
+        is_high, frames = is_high_bit_depth(image), []
         for frame in [image] if image.format == "MPO" else ImageSequence.Iterator(image):  # with previews of a camera
             if is_high_bit_depth(frame) != is_high:
                 msg = "it has pages of 8 bits and of more; one depth is expected"
                 raise ValueError(msg)
             upright = ImageOps.exif_transpose(frame)
-            frames.append(np.asarray(upright if is_high else upright.convert("RGB")))
-        white_is_zero = (
-            is_high and isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
-        )
+            frames.append(np.asarray(upright if is_high else upright.convert("L" if as_mask else "RGB")))
+        white_is_zero = is_high and getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == 0  # of TIFF
     return Scan(np.stack(frames), is_8_bit=not is_high, inverted=white_is_zero)
 
 
@@ -191,10 +181,7 @@ def _read_dicom(path: Path, as_mask: bool) -> Scan:
         stored = apply_color_lut(stored, file)
         stored = (stored >> 8 * (stored.itemsize - 1)).astype(np.uint8)
     if stored.ndim == 4:
-        if stored.dtype != np.uint8:
-            msg = "colours of more than 8 bits are not supported; convert them to 8 bits"
-            raise ValueError(msg)
-        return Scan(stored, is_8_bit=True)
+        return Scan(stored, is_8_bit=stored.dtype == np.uint8)
     is_8_bit = stored.dtype == np.uint8 and file.BitsStored == 8 and "WindowWidth" not in file
     return Scan(
         slices=stored if is_8_bit or as_mask else apply_modality_lut(stored, file),

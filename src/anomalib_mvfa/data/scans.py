@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
@@ -26,7 +27,7 @@ from PIL import Image
 from rich.progress import track
 
 from ..io import explain_full_disk
-from .reading import MASK_THRESHOLD, check_mask_names, find_images, read_mask
+from .reading import MASK_THRESHOLD, by_name, check_mask_names, check_mask_values, find_images
 from .scan_files import PILLOW_SUFFIXES, Bound, Scan, Window, check_window, is_scan, read_scan, stem_of, to_8_bit
 from .support import hold_out
 
@@ -77,13 +78,8 @@ class Scans(Folder):
         self.folders = {kind: Path(root or ".", folder).expanduser() for kind, folder in given.items() if folder}
         self.window = check_window(window)
         self.pictures = Path(pictures or Path("datasets", f"{name}_8bit")).expanduser()
-        super().__init__(
-            name,
-            normal_dir="normal",
-            abnormal_dir="abnormal" if abnormal_dir else None,
-            mask_dir="mask" if mask_dir else None,
-            **kwargs,
-        )
+        kwargs |= {f"{kind}_dir": kind for kind in self.folders if kind != "normal_test"}
+        super().__init__(name, **kwargs)
 
     def prepare_data(self) -> None:
         """Convert the scans, unless that has been done; see :func:`convert` for errors."""
@@ -95,16 +91,13 @@ class Scans(Folder):
         super()._setup(_stage)
         test = self.test_data.samples
         if "normal_test" not in self.folders:
-            self.train_data.samples, normal = hold_out(
-                self.train_data.samples, self.test_split_ratio, self.seed or 0, self.group_by
-            )
+            self.train_data.samples, normal = self._hold_out(self.train_data.samples, self.test_split_ratio)
             self.test_data.samples = pd.concat([test, normal.assign(split=Split.TEST.value)])
             self.test_data.samples.attrs = dict(test.attrs)
         if not (self.test_data.samples.label_index == LabelName.NORMAL).any():
             msg = (
                 f"{self.name} has no normal image to test on: test_split_ratio={self.test_split_ratio} of its normal "
-                "scans is less than one (files of one slice in a folder of their own count as one). Give "
-                "normal_test_dir, or more normal scans."
+                "scans (files, or folders of files of one slice) is less than one. Give normal_test_dir, or more scans."
             )
             raise ValueError(msg)
 
@@ -114,9 +107,10 @@ class Scans(Folder):
             super()._create_val_split()
             return
         self.val_data = copy.deepcopy(self.test_data)
-        self.test_data.samples, self.val_data.samples = hold_out(
-            self.test_data.samples, self.val_split_ratio, self.seed or 0, self.group_by
-        )
+        self.test_data.samples, self.val_data.samples = self._hold_out(self.test_data.samples, self.val_split_ratio)
+
+    def _hold_out(self, samples: pd.DataFrame, share: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+        return hold_out(samples, share, self.seed or 0, self.group_by)
 
 
 class PredictScans(PredictDataset):
@@ -136,13 +130,10 @@ class PredictScans(PredictDataset):
 
 
 def convert(sources: Mapping[str, Path], pictures: Path, window: Window | None) -> Path:
-    """Convert scans to 8-bit slices, unless that has been done, and return their folder, which is never incomplete.
+    """Convert scans to 8-bit slices below ``pictures``, unless that has been done, and return their folder.
 
-    Args:
-        sources: Folders of scans by the names of their slices' folders; "mask" has masks of those in "abnormal", whose
-            normal slices go to "normal_test".
-        pictures: Folder that the slices' folder is in.
-        window: Window of the scans.
+    It is never incomplete. Sources are folders of scans by the names of their slices' folders; "mask" has masks of the
+    scans in "abnormal", whose normal slices go to "normal_test".
 
     Raises:
         FileNotFoundError: A folder does not exist or holds no scan.
@@ -180,6 +171,16 @@ def _list(folder: Path) -> str:
     return json.dumps(sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png")))
 
 
+def _find_scans(folder: Path) -> dict[str, Path]:
+    """Return the scans in a folder, or the one that it is itself, by their paths in it without suffixes."""
+    found = [folder] if folder.is_file() else find_images(folder, _files_below(folder), is_scan)
+    base = folder.parent if folder.is_file() else folder
+    if not found:
+        msg = f"{folder} does not exist or holds no scan (DICOM, NIfTI, PNG, TIFF, JPEG). Give the folder of the scans."
+        raise FileNotFoundError(msg)
+    return by_name(found, lambda path: str(path.relative_to(base).with_name(stem_of(path))))
+
+
 def _files_below(folder: Path) -> Iterator[Path]:
     """Return the files in a folder that are not hidden, at any depth, also behind links."""
     seen = set()
@@ -191,72 +192,43 @@ def _files_below(folder: Path) -> Iterator[Path]:
         seen.add(real)
 
 
-def _find_scans(folder: Path) -> dict[Path, Path]:
-    """Return the scans in a folder, or the one that it is itself, by their paths in it without suffixes."""
-    if not folder.exists():
-        msg = f"{folder} does not exist. Give the folder of the scans."
-        raise FileNotFoundError(msg)
-    found = [folder] if folder.is_file() else find_images(folder, _files_below(folder), is_scan)
-    if not found:
-        msg = f"{folder} holds no scan: no DICOM, NIfTI, PNG, TIFF or JPEG file. Give the folder of the scans."
-        raise FileNotFoundError(msg)
-    scans: dict[Path, Path] = {}
-    for path in found:
-        name = path.relative_to(folder).with_name(stem_of(path)) if path != folder else Path(stem_of(path))
-        if name in scans:
-            msg = f"{path} and {scans[name]} differ by their suffixes only. Rename one: their slices need two names."
-            raise ValueError(msg)
-        scans[name] = path
-    return scans
-
-
-def _write_slices(scans: Mapping[str, Mapping[Path, Path]], target: Path, window: Window | None) -> None:
+def _write_slices(scans: Mapping[str, Mapping[str, Path]], target: Path, window: Window | None) -> None:
     """Write the 8-bit slices of scans and masks, each kind to its folder; see :func:`convert`."""
     masks = scans.get("mask")
     if masks is not None:
-        names = [[str(name) for name in scans.get(kind, {})] for kind in ("abnormal", "mask")]
-        check_mask_names("the abnormal scans", names[0], names[1], "A mask has its scan's name.")
-    marked: dict[Path, bool] = {}  # by group
+        check_mask_names("the abnormal scans", scans.get("abnormal", {}), masks, "A mask has its scan's name.")
+    marked: dict[str, bool] = defaultdict(bool)  # by group
     for kind, paths in scans.items():
         for name, path in track(paths.items(), f"Converting {kind} scans", transient=True) if kind != "mask" else ():
             scan = read_scan(path)
-            images = to_8_bit(scan, window, path)
-            is_part = len(images) > 1 or name.parent != Path()  # of a volume, or of a series in a folder of its own
-            marks = None
+            images, marks = to_8_bit(scan, window, path), None
             if kind == "abnormal" and masks is not None:
                 marks = _read_marks(masks[name], scan, path)
-                group = name.parent if is_part and len(images) == 1 else name
-                marked[group] = marked.get(group, False) or bool(marks.any())
+                folder = str(Path(name).parent)
+                marked[folder if len(images) == 1 and folder != "." else name] |= bool(marks.any())
             elif kind == "abnormal" and len(images) > 1:
                 msg = f"{path} has {len(images)} slices, and only a mask tells which are abnormal. Give mask_dir."
                 raise ValueError(msg)
             for index, image in enumerate(images):
-                file = Path(f"{name}_slice{index:03d}.png" if len(images) > 1 else f"{name}.png")
-                if marks is None:
+                file = f"{name}_slice{index:03d}.png" if len(images) > 1 else f"{name}.png"
+                if marks is None or marks[index].any():
                     _save(image, target / kind / file)
-                elif is_part and not marks[index].any():
-                    _save(image, target / "normal_test" / kind / file)
                 else:
-                    _save(image, target / kind / file)
+                    _save(image, target / "normal_test" / kind / file)
+                if marks is not None and marks[index].any():
                     _save(Image.fromarray(marks[index].astype(np.uint8) * 255), target / "mask" / file)
-    if empty := [str(group) for group, is_marked in marked.items() if not is_marked]:
-        msg = (
-            f"Masks mark nothing of {empty[:5]}, in the folder of abnormal scans. Correct the masks or move the scans."
-        )
+    if empty := [group for group, is_marked in marked.items() if not is_marked]:
+        msg = f"Masks mark nothing of {empty[:5]}, in the folder of abnormal scans. Correct them or move the scans."
         raise ValueError(msg)
 
 
 def _read_marks(path: Path, scan: Scan, scan_path: Path) -> np.ndarray:
     """Return where a mask marks a scan, bool ``(N, H, W)``."""
     mask = read_scan(path, as_mask=True)
-    is_image = mask.is_8_bit and path.name.lower().endswith(PILLOW_SUFFIXES)
-    if is_image and len(mask.slices) == 1:
-        height, width = scan.slices.shape[1:3]
-        marks = np.asarray(read_mask(path, (width, height)))[None] > MASK_THRESHOLD
-    elif is_image:
-        marks = np.any(mask.slices > MASK_THRESHOLD, axis=-1)  # of pages, which are read as colours
-    else:
-        marks = mask.slices > 0
+    is_picture = mask.is_8_bit and path.name.lower().endswith(PILLOW_SUFFIXES)
+    if is_picture:
+        check_mask_values(path, mask.slices)
+    marks = mask.slices > (MASK_THRESHOLD if is_picture else 0)
     own, other = marks.shape, scan.slices.shape[:3]
     is_same = (own, mask.orientation) == (other, scan.orientation)
     if mask.affine is not None and scan.affine is not None:
@@ -264,8 +236,7 @@ def _read_marks(path: Path, scan: Scan, scan_path: Path) -> np.ndarray:
     if not is_same:
         msg = (
             f"Mask {path} and its scan {scan_path} are not on the same grid. Slices, height and width: {own}, {other}; "
-            f"orientation: {mask.orientation}, {scan.orientation}; affine: {mask.affine}, {scan.affine}. Resample it, "
-            "to grey values."
+            f"orientation: {mask.orientation}, {scan.orientation}; affine: {mask.affine}, {scan.affine}. Resample it."
         )
         raise ValueError(msg)
     return marks

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import LabelName
-from pandas import DataFrame
+from pandas import DataFrame, Series
 from torch.utils.data import Dataset
 
 from ..io import file_digest
@@ -29,18 +29,10 @@ def draw(samples: DataFrame, count: int, seed: int) -> DataFrame:
 
 
 def read_support_list(path: str | Path, category: str, k_shot: int) -> dict[LabelName, list[str]]:
-    """Return the file names, normal and abnormal, in a list of the published form.
+    """Return the file names, normal and abnormal, in a list of the published form, or a folder of such lists.
 
-    It has one line per label: ``n-0: a.png b.png`` and ``a-0: c.png d.png``.
-
-    Args:
-        path: The list, or a folder that holds ``<category>/<K>-shot.txt``.
-        category: Category of the data set.
-        k_shot: Number of normal support images K.
-
-    Raises:
-        FileNotFoundError: There is no such list.
-        ValueError: It is not of this form.
+    A folder holds ``<category>/<K>-shot.txt``, and a list has one line per label: ``n-0: a.png b.png`` and
+    ``a-0: c.png d.png``. FileNotFoundError if there is no such list, ValueError if it is not of this form.
     """
     path = Path(path).expanduser()
     file = path / category / f"{k_shot}-shot.txt" if path.is_dir() else path
@@ -61,9 +53,8 @@ def read_support_list(path: str | Path, category: str, k_shot: int) -> dict[Labe
 def pick(pool: DataFrame, names: list[str], count: int | None, where: str) -> DataFrame:
     """Return the samples with these file names, or ends of paths that tell files of the same name apart.
 
-    Raises:
-        ValueError: A name is not in the pool or fits several files, or there are not ``count`` of them, if that is
-            given. The error begins with ``where``, which names them.
+    ValueError, which begins with ``where``, if a name is not in the pool or fits several files, or if there are not
+    ``count`` of them, where that is given.
     """
     paths = ["/" + Path(path).as_posix() for path in pool.image_path]
     rows = {name: [row for row, path in enumerate(paths) if path.endswith(f"/{name}")] for name in names}
@@ -82,13 +73,9 @@ def pick(pool: DataFrame, names: list[str], count: int | None, where: str) -> Da
 def hold_out(samples: DataFrame, share: float, seed: int, group_by: str | None) -> tuple[DataFrame, DataFrame]:
     """Split samples by whole groups, drawn from the seed, and return what stays and what is held out.
 
-    Args:
-        samples: The samples.
-        share: Share that is held out of the groups of every kind: all normal, all abnormal, mixed.
-        seed: Seed of the draw.
-        group_by: Pattern of a group, see :func:`group_of`.
+    The share is of the groups of every kind: all normal, all abnormal, mixed.
     """
-    groups = samples.image_path.map(lambda path: group_of(path, group_by))
+    groups = groups_of(samples, group_by)
     kinds = samples.groupby(groups).label_index.agg(lambda labels: labels.min() + labels.max())
     rng = np.random.default_rng(seed)
     chosen: set[str] = set()
@@ -110,10 +97,7 @@ def check_pattern(name: str, pattern: str | None) -> None:
 def group_of(path: str, group_by: str | None) -> str:
     """Return the group (a patient, say) of an image: what the pattern's first group, or else the pattern, matches.
 
-    Without a pattern, every image is a group of its own.
-
-    Raises:
-        ValueError: The pattern matches nowhere in the path.
+    Without a pattern, every image is a group of its own; ValueError if the pattern matches nowhere in the path.
     """
     posix = Path(path).as_posix()
     if group_by is None:
@@ -126,32 +110,22 @@ def group_of(path: str, group_by: str | None) -> str:
     return group
 
 
+def groups_of(samples: DataFrame, group_by: str | None) -> Series:
+    """Return the group of every sample."""
+    return samples.image_path.map(lambda path: group_of(path, group_by))
+
+
 def duplicates(support: Iterable[str], others: Iterable[str]) -> list[tuple[str, str]]:
     """Return pairs of a support file and another file with the same bytes."""
-    by_size: dict[int, dict[str, str]] = {}
-    for path in support:
-        by_size.setdefault(Path(path).stat().st_size, {})[file_digest(path)] = path
-    pairs = []
-    for path in others:
-        same_size = by_size.get(Path(path).stat().st_size)  # only files of the same size need be read
-        if same_size and (digest := file_digest(path)) in same_size:
-            pairs.append((same_size[digest], path))
-    return pairs
+    known = {file_digest(path): path for path in support}
+    sizes = {Path(path).stat().st_size for path in known.values()}  # only files of these sizes need be read
+    return [(known[file_digest(p)], p) for p in others if Path(p).stat().st_size in sizes and file_digest(p) in known]
 
 
-def support_of(
-    datamodule: AnomalibDataModule | None,
-    train_data: Any,  # noqa: ANN401  # any dataset of anomalib items
-    bank_images: int,
-    seed: int,
-) -> Dataset | None:
-    """Return the dataset of support views: the datamodule's own, or views of some normal training images.
+def support_of(datamodule: AnomalibDataModule | None, train_data: Any, bank_images: int, seed: int) -> Dataset | None:  # noqa: ANN401
+    """Return the dataset of support views: the datamodule's own, or views of ``bank_images`` normal training images.
 
-    Args:
-        datamodule: Datamodule of the run, if there is one.
-        train_data: Training dataset of a run without datamodule.
-        bank_images: Number of normal images to draw, by the seed, where the datamodule has no support of its own.
-        seed: Seed of the draw.
+    These are drawn with the seed, from ``train_data`` in a run without datamodule; None where there are none.
     """
     if datamodule is not None and hasattr(datamodule, "support"):
         return datamodule.support

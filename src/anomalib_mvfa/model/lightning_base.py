@@ -73,7 +73,8 @@ class AnomalibMixin(ExportMixin):  # no AnomalibModule itself: anomalib would li
     def on_test_batch_start(self, batch: ImageBatch, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
         """Refuse images of high bit depth, whose values anomalib's own data sets cut off."""
         del args, kwargs
-        refuse_high_bit_depth(batch.image_path or [])
+        for path in [] if hasattr(batch, "is_8_bit") else batch.image_path or []:  # our own datasets refuse them
+            refuse_high_bit_depth(path)
 
     on_train_batch_start = on_validation_batch_start = on_predict_batch_start = on_test_batch_start
 
