@@ -14,7 +14,7 @@ import numpy as np
 import open_clip
 import torch
 from torch import nn
-from torchvision.models.vgg import cfgs, make_layers
+from torchvision.models.vgg import make_layers
 
 SIDE = 14
 """Of a patch, in pixels."""
@@ -132,12 +132,11 @@ def clip_weights(clip: Clip) -> dict[str, torch.Tensor]:
     return {name: weight(name, tuple(value.shape)) for name, value in parameters.items()}
 
 
-def vgg_features(backbone: str = "vgg11", pre_trained: bool = False) -> nn.Sequential:
-    """Return the layers of a random VGG-11 before its classifier, which is most of it."""
-    assert (backbone, pre_trained) == ("vgg11", False)
+def vgg_features() -> nn.Sequential:
+    """Return the layers of a small random VGG before its classifier."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        layers = make_layers(cfgs["A"])
+        layers = make_layers([16, "M", 32, "M", 48, 48, "M", 64, 64, "M", 64, 64, "M"])
         for layer in layers:
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight)  # torch's own default fades from layer to layer

@@ -1,4 +1,4 @@
-"""Baselines in plain tensor operations, and engines that say little."""
+"""Baselines in plain tensor operations, data with and without masks, and engines that say little."""
 
 import shutil
 
@@ -12,6 +12,7 @@ from anomalib_mvfa.model.calibration import SupportBatch
 from recipe import TINY, images
 
 SIZE = TINY.image_size
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
 
 
 @pytest.fixture(scope="session")
@@ -33,11 +34,13 @@ def stream():
 
 @pytest.fixture(scope="session")
 def pictures():
-    """Return three images to score, and two normal and two abnormal ones of a support."""
-    return {"query": images("model", 3, SIZE), "normal": images("normal", 2, SIZE), "abnormal": images("odd", 2, SIZE)}
+    """Return images to score, normal and abnormal ones of a support, and the normal ones with their mirror images."""
+    normal = images("normal", 2, SIZE)
+    bank = torch.cat([normal, normal.flip(-1)])
+    return {"query": images("model", 3, SIZE), "normal": normal, "abnormal": images("odd", 2, SIZE), "bank": bank}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def views(pictures):
     """Return the support in one batch of its images and one of their mirror images."""
     image = torch.cat([pictures["normal"], pictures["abnormal"]])
@@ -45,26 +48,23 @@ def views(pictures):
     return [SupportBatch(image, label, source), SupportBatch(image.flip(-1), label, source)]
 
 
-@pytest.fixture
-def engine(tmp_path):
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory):
     """Build an engine that says little."""
-
-    def build(**arguments):
-        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
-        return Engine(default_root_dir=tmp_path / "results", **{**quiet, **arguments})
-
-    return build
+    return lambda **more: Engine(default_root_dir=tmp_path_factory.mktemp("results"), **{**QUIET, **more})
 
 
-@pytest.fixture
-def categories(phantom_root, tmp_path):
-    """Return a root with the same images as Brain, with masks, and as Chest, without."""
+@pytest.fixture(scope="session")
+def categories(phantom_root, tmp_path_factory):
+    """Return a root with the same images as Brain, with masks, and as Chest, without; write nothing there."""
+    root = tmp_path_factory.mktemp("categories")
     for category in ("Brain", "Chest"):
-        shutil.copytree(phantom_root / "Brain", tmp_path / category)
-    return tmp_path
+        shutil.copytree(phantom_root / "Brain", root / category)
+    return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def few_shot(categories):
-    """Build the few-shot datamodule of a category."""
-    return lambda category="Brain": BMADFewShot(categories, category, k_shot=2, num_workers=0)
+    """Build the few-shot datamodule of a category, all of whose views are one batch."""
+    defaults = {"k_shot": 1, "train_batch_size": 22, "num_workers": 0}
+    return lambda category="Brain", **more: BMADFewShot(categories, category, **{**defaults, **more})

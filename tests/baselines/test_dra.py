@@ -7,30 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from anomalib_mvfa import BMADFewShot, Dra, Phantom
-from anomalib_mvfa.baselines import base
+from anomalib_mvfa import BrainPhantom, Dra
 from anomalib_mvfa.baselines.base import timm_features
-from anomalib_mvfa.baselines.dra import (
-    AREA,
-    MARGIN,
-    NORMAL,
-    PSEUDO,
-    SEEN,
-    DraModel,
-    NormalityHead,
-    PatchHead,
-    cut_mix,
-    deviation_loss,
-    top_mean,
-)
-from anomalib_mvfa.compare.weights import Origin, build_model
+from anomalib_mvfa.baselines.dra import AREA, NORMAL, PSEUDO, SEEN, DraModel, cut_mix, deviation_loss, top_mean
 from recipe import images, lesioned
 
 SIZE = 128
 
 
 def new_model():
-    return DraModel(timm_features("resnet18", [-1], pre_trained=False, requires_grad=True), top_share=0.1)
+    return DraModel(timm_features("test_resnet", [-1], pre_trained=False, requires_grad=True), top_share=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -43,48 +29,33 @@ def model():
 
 @pytest.fixture
 def make():
-    return lambda **more: Dra(**{"pre_trained": False, "image_size": SIZE, "visualizer": False, **more})
-
-
-@pytest.fixture
-def data(categories):
-    """Build the few-shot datamodule of a category, all of whose views are one batch."""
-    return lambda category="Brain", **more: BMADFewShot(
-        categories, category, k_shot=1, train_batch_size=22, num_workers=0, **more
-    )
+    small = {"backbone": "test_resnet", "pre_trained": False, "image_size": SIZE, "visualizer": False}
+    return lambda **more: Dra(**{**small, **more})
 
 
 # ---------------------------------------------------------------------- losses and scores
 
 
-@pytest.mark.parametrize(
-    ("score", "abnormal", "loss"),
-    [(0.0, False, 0), (-2.0, False, 2), (3.0, False, 3), (MARGIN, True, 0), (9.0, True, 0), (1.5, True, 3.5)],
-)
-def test_deviation_loss_of_one_score(score, abnormal, loss):
-    always = torch.tensor([True])
-    assert deviation_loss(torch.tensor([score]), torch.tensor([abnormal]), always).item() == loss
-
-
 def test_deviation_loss_is_a_mean_over_what_counts():
-    score = torch.tensor([1.0, 2.0, 3.0, 40.0], requires_grad=True)
-    abnormal, counted = torch.tensor([False, True, True, False]), torch.tensor([True, True, True, False])
+    score = torch.tensor([-1.0, 0.0, 1.0, 5.0, 9.0, 40.0], requires_grad=True)
+    abnormal, counted = torch.tensor([0, 0, 1, 1, 1, 0]) == 1, torch.tensor([1, 1, 1, 1, 1, 0]) == 1
     loss = deviation_loss(score, abnormal, counted)
-    assert loss.item() == pytest.approx((1 + 3 + 2) / 3)
+    assert loss.item() == pytest.approx((1 + 0 + 4 + 0 + 0) / 5)
     loss.backward()
-    assert score.grad.tolist() == pytest.approx([1 / 3, -1 / 3, -1 / 3, 0])
-    none = deviation_loss(score, abnormal, torch.zeros(4, dtype=torch.bool))
+    assert score.grad[[0, 2, 4, 5]].tolist() == pytest.approx([-1 / 5, -1 / 5, 0, 0])
+    none = deviation_loss(score, abnormal, torch.zeros(6, dtype=torch.bool))
     assert none.item() == 0
     none.backward()  # without scores to learn from, a gradient of 0 and not of nan
     assert score.grad.isfinite().all()
 
 
 def test_each_head_learns_from_its_own_images(model, monkeypatch):
-    """The table of the paper: which kinds a head sees, and which of them are to be high."""
+    """The table of the paper: which kinds a head sees, which are to be high, and what they are compared with."""
+    image, reference, compared = images("batch", 4, SIZE), images("reference", 2, SIZE), []
     kind = torch.tensor([NORMAL, NORMAL, SEEN, PSEUDO])
     scores = [torch.tensor(row) for row in ([4.0, 6, 1, 2], [1.0, 2, 4, 99], [1.0, 2, 99, 3], [0.5, 0.5, 2, 3])]
-    monkeypatch.setattr(model, "features", lambda image: [torch.zeros(len(image), 512, 4, 4)] * 2)
-    monkeypatch.setattr(model, "head_scores", lambda *_: tuple(scores))
+    monkeypatch.setattr(model, "features", lambda pixels: [pixels, 2 * pixels])
+    monkeypatch.setattr(model, "head_scores", lambda *features: compared.extend(features) or scores)
     monkeypatch.setattr(model, "image_score", lambda score: score)
     of_heads = [
         (1 + 0 + 1 + 2) / 4,  # normal ones beyond the margin, the others near 0
@@ -92,44 +63,33 @@ def test_each_head_learns_from_its_own_images(model, monkeypatch):
         (1 + 2 + 2) / 3,
         (0.5 + 0.5 + 3 + 2) / 4,
     ]
-    found = model.loss(torch.zeros(4, 3, SIZE, SIZE), kind, torch.zeros(2, 3, SIZE, SIZE))
-    assert found.item() == pytest.approx(sum(of_heads))
+    assert model.loss(image, kind, reference).item() == pytest.approx(sum(of_heads))
+    mean = (reference[0] + reference[1]) / 2
+    torch.testing.assert_close(compared, [[image, 2 * image], [mean, 2 * mean]])
 
 
-def test_a_batch_is_compared_with_its_references(model, monkeypatch):
-    image, reference = images("batch", 3, SIZE), images("reference", 2, SIZE)
-    monkeypatch.setattr(model, "features", lambda pixels: [pixels, 2 * pixels])
-    monkeypatch.setattr(model, "image_score", lambda score: score)
-    compared = []
-    monkeypatch.setattr(model, "head_scores", lambda *features: compared.extend(features) or (torch.zeros(3),) * 4)
-    model.loss(image, torch.tensor([NORMAL, SEEN, PSEUDO]), reference)
-    (x, doubled), (mean, mean_doubled) = compared
-    assert torch.equal(x, image)
-    assert torch.equal(doubled, 2 * image)
-    torch.testing.assert_close(mean, (reference[0] + reference[1]) / 2)
-    torch.testing.assert_close(mean_doubled, reference[0] + reference[1])
-
-
-@pytest.mark.parametrize(("share", "expected"), [(0.5, 3.5), (0.25, 4), (0.01, 4), (1, 2.5)])
-def test_top_mean(share, expected):
+def test_top_mean():
     patches = torch.tensor([[[1.0, 4.0], [3.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]]])
-    assert top_mean(patches, share).tolist() == [expected, 0]
+    for share, expected in ((0.5, 3.5), (0.25, 4), (0.01, 4), (1, 2.5)):
+        assert top_mean(patches, share).tolist() == [expected, 0]
 
 
 @torch.no_grad()
-def test_heads_by_hand():
-    features = torch.randn(2, 6, 3, 2, generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(0)
-    normality, patch, residual = NormalityHead(6), PatchHead(6), PatchHead(6, is_residual=True).eval()
-    first, last = normality.layers[0], normality.layers[2]
+def test_heads_by_hand(model):
+    def positions(layer, x):
+        return (torch.einsum("d,bdhw->bhw", layer.weight[0, :, 0, 0], x) + layer.bias).abs()
+
+    features, reference = (torch.rand(2, 96, 3, 2, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    normality, seen, pseudo, residual = model.head_scores([features], [reference[0]])
+    first, last = model.normality_head[0], model.normality_head[2]
     hidden = (features.mean(dim=(2, 3)) @ first.weight.T + first.bias).clamp(min=0)
-    torch.testing.assert_close(normality(features), (hidden @ last.weight.T + last.bias)[:, 0].abs())
-    weight, bias = patch[0].weight[0, :, 0, 0], patch[0].bias
-    torch.testing.assert_close(patch(features), (torch.einsum("d,bdhw->bhw", weight, features) + bias).abs())
-    looked = nn.functional.conv2d(features, residual[0].weight, residual[0].bias, padding=1)
-    looked = (looked / (1 + residual[1].eps) ** 0.5).clamp(min=0)  # batch norm as it begins
-    weight, bias = residual[3].weight[0, :, 0, 0], residual[3].bias
-    torch.testing.assert_close(residual(features), (torch.einsum("d,bdhw->bhw", weight, looked) + bias).abs())
+    torch.testing.assert_close(normality, (hidden @ last.weight.T + last.bias)[:, 0].abs())
+    torch.testing.assert_close(seen, [positions(model.seen_head[0], features)])
+    torch.testing.assert_close(pseudo, [positions(model.pseudo_head[0], features)])
+    look, norm, _, last = model.residual_head
+    looked = nn.functional.conv2d(reference[0] - features, look.weight, look.bias, padding=1)
+    looked = (looked / (1 + norm.eps) ** 0.5).clamp(min=0)  # batch norm as it begins
+    torch.testing.assert_close(residual, [positions(last, looked)])
 
 
 @torch.no_grad()
@@ -155,17 +115,10 @@ def test_scales_are_the_image_and_the_mean_of_each_four_pixels(model):
 
 
 @torch.no_grad()
-def test_residual_head_sees_nothing_in_the_reference_itself(model):
-    reference = images("reference", 3, SIZE)
-    of_one = new_model().eval()
-    of_one.set_references(reference[:1])
-    seen = []
-    of_one.residual_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    of_one(reference[:2])
-    for difference in seen:
-        assert difference[0].abs().max() < 1e-5 < difference[1].abs().max()
-    mean = torch.stack([model.features(image[None])[0][0] for image in reference]).mean(dim=0)
-    torch.testing.assert_close(model.reference_0, mean, atol=1e-5, rtol=1e-4)
+def test_references_are_mean_features(model):
+    features = [model.features(image[None]) for image in images("reference", 3, SIZE)]
+    for found, scale in zip((model.reference_0, model.reference_1), zip(*features, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.cat(scale).mean(dim=0), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -184,9 +137,6 @@ def test_pseudo_anomalies(count):
     again, other = (cut_mix(image, np.random.default_rng(seed)) for seed in (19, 20))
     assert torch.equal(again, pasted)
     assert not torch.equal(other, pasted)
-
-
-def test_pseudo_anomalies_of_nothing():
     assert cut_mix(torch.zeros(0, 3, 8, 8), np.random.default_rng(0)).shape == (0, 3, 8, 8)
 
 
@@ -213,93 +163,46 @@ def test_a_lesion_stands_out_after_training():
     assert score[:6].max() < score[6:].min()
 
 
-def test_everything_learns(make, data, engine):
-    model, runner = make(max_epochs=2), engine()
+def test_everything_learns_and_normal_images_are_the_references(make, few_shot, engine):
+    model, runner, data = (
+        make(max_epochs=3, learning_rate=1e-2),
+        engine(limit_train_batches=1),
+        few_shot("Chest", k_shot=2),
+    )
     before = {name: value.clone() for name, value in model.model.named_parameters()}
-    runner.fit(model, datamodule=data())
-    assert (runner.trainer.max_epochs, runner.trainer.global_step) == (2, 2)
+    kept, rates = [], []
+    set_references = model.model.set_references
+    model.model.set_references = lambda image: (kept.append(image), set_references(image))
+    model.on_train_epoch_start = lambda: rates.append(model.optimizers().param_groups[0]["lr"])
+    runner.fit(model, datamodule=data)
+    assert (runner.trainer.max_epochs, runner.trainer.global_step) == (3, 3)
+    assert rates == pytest.approx([1e-2, 1e-3, 1e-4])  # falls by thirds
     after = dict(model.model.named_parameters())
     assert not [name for name, value in before.items() if torch.equal(value, after[name])]  # the backbone too
-    assert len(model._reference_images) == 0  # images do not outlive the fit
-
-
-def test_references_are_the_normal_images_themselves(make, categories, engine):
-    data = BMADFewShot(categories, "Brain", k_shot=2, train_batch_size=44, num_workers=0)
-    kept = []
-
-    class Kept(Dra):
-        def on_train_epoch_end(self):
-            kept.append(self._reference_images)
-            super().on_train_epoch_end()
-
-    model = Kept(pre_trained=False, image_size=SIZE, visualizer=False, max_epochs=1)
-    engine().fit(model, datamodule=data)
     items = [data.support[row] for row in range(4)]
     expected = torch.stack([model.pre_processor.transform(item.image) for item in items if not item.gt_label])
-    assert torch.equal(kept[0], expected)
+    assert all(torch.equal(image, expected) for image in kept)
+    assert len(model._reference_images) == 0  # images do not outlive the fit
     fresh = new_model().eval()
     fresh.load_state_dict(model.model.state_dict())
     fresh.set_references(expected)
     torch.testing.assert_close(fresh.reference_0, model.model.reference_0)
 
 
-def test_learning_rate_falls_by_thirds(make, data, engine):
-    model = make(max_epochs=3, learning_rate=1e-2)
-    rates = []
-    model.on_train_epoch_start = lambda: rates.append(model.optimizers().param_groups[0]["lr"])
-    engine().fit(model, datamodule=data("Chest"))
-    assert rates == pytest.approx([1e-2, 1e-3, 1e-4])
-
-
-def test_training_by_steps_can_score_too(make, categories, engine):
-    data = BMADFewShot(categories, "Chest", k_shot=1, train_batch_size=4, num_workers=0)
-    model, runner = make(), engine(max_epochs=-1, max_steps=1)
+def test_training_by_steps_on_batches_of_one_kind_can_score_too(make, few_shot, engine):
+    data = few_shot("Chest", train_batch_size=1)
+    model, runner = make(), engine(max_epochs=-1, max_steps=3)
     runner.fit(model, datamodule=data)
-    assert runner.trainer.global_step == 1
+    assert runner.trainer.global_step == 3
+    assert all(value.isfinite().all() for value in model.model.state_dict().values())
     assert "image_AUROC" in runner.test(model, datamodule=data, verbose=False)[0]
 
 
 def test_normal_images_alone_teach_less_and_say_so(make, engine, tmp_path, caplog):
-    data = Phantom(tmp_path / "phantom", size=32, num_workers=0)
+    data = BrainPhantom(tmp_path / "phantom", size=32, num_workers=0)
     with caplog.at_level(logging.WARNING, logger="anomalib.mvfa"):
         engine().fit(make(max_epochs=1), datamodule=data)
-    assert "its head of seen anomalies learns nothing" in caplog.text
-
-
-@pytest.mark.parametrize("batch_size", [1, 5])
-def test_batches_of_one_kind_are_learnt_from(make, categories, engine, batch_size):
-    data = BMADFewShot(categories, "Chest", k_shot=1, train_batch_size=batch_size, num_workers=0)
-    model = make(max_epochs=1)
-    engine(limit_train_batches=4).fit(model, datamodule=data)
-    assert all(value.isfinite().all() for value in model.model.state_dict().values())
-
-
-# ---------------------------------------------------------------------- weights and mistakes
-
-
-def test_weights_of_a_comparison_reach_the_backbone(make, tmp_path):
-    state = make().model.backbone.feature_extractor.state_dict()
-    state = {name: torch.full_like(value, 0.5) for name, value in state.items()}
-    torch.save(state, tmp_path / "resnet18.pth")
-    spec = {"class_path": "Dra", "init_args": {"pre_trained": True, "image_size": SIZE}}
-    built, origin = build_model(spec, str(tmp_path / "resnet18.pth"), visualizer=False, seed=3)
-    assert origin == Origin("resnet18.pth")
-    assert torch.equal(built.model.backbone.feature_extractor.state_dict()["conv1.weight"], state["conv1.weight"])
-    one, other = (build_model(spec, None, visualizer=False, seed=seed)[0].model for seed in (3, 4))
-    assert torch.equal(one.backbone.feature_extractor.conv1.weight, other.backbone.feature_extractor.conv1.weight)
-    assert not torch.equal(one.seen_head[0].weight, other.seen_head[0].weight)
-
-
-def test_weights_that_cannot_be_loaded(make, monkeypatch):
-    def offline(*args, **kwargs):
-        msg = "cannot find the requested files\nin the cache"
-        raise FileNotFoundError(msg)
-
-    monkeypatch.setattr(base, "TimmFeatureExtractor", offline)
-    with pytest.raises(
-        RuntimeError, match=r"weights of resnet18 could not be loaded \(FileNotFoundError: cannot.*files\)"
-    ):
-        make(pre_trained=True)
+    assert "hold no abnormal image: DRA's head of seen anomalies learns nothing" in caplog.text
 
 
 def test_a_model_without_references_says_what_to_do():
@@ -307,8 +210,8 @@ def test_a_model_without_references_says_what_to_do():
         new_model()(torch.zeros(1, 3, SIZE, SIZE))
 
 
-def test_data_without_normal_images_are_refused(make, data, engine):
-    source = data()
+def test_data_without_normal_images_are_refused(make, few_shot, engine):
+    source = few_shot()
     source.setup()
     source.train_data.samples = source.train_data.samples[source.train_data.samples.label_index == 1]
     source.setup = lambda stage=None: None

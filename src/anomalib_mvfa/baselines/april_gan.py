@@ -23,10 +23,7 @@ from .clip import StreamModel
 
 
 class AprilGanModel(StreamModel):
-    """One linear layer per level and branch, from the frozen stream to text features; the bank holds the stream.
-
-    It is built as :class:`~anomalib_mvfa.model.torch_model.MvfaModel`, with "linear" adapters.
-    """
+    """One linear layer ("linear" adapter) per level and branch, from the frozen stream to text features."""
 
     def _joint_tokens(self, tokens: Tokens, branch: str, position: int) -> torch.Tensor:
         x = tokens.of(branch)[position]  # (B, L, D)
@@ -39,12 +36,8 @@ class AprilGanModel(StreamModel):
 class AprilGan(AdapterTrainingMixin, AnomalibModule):
     """April-GAN: linear layers fit frozen features of CLIP to prompts; a memory bank holds the features as they are.
 
-    What is None follows the data's protocol; the values in use are logged and saved with checkpoints.
-
-    Raises:
-        ValueError: An argument has no such value, or weights do not fit.
-        FileNotFoundError: A file that an argument names does not exist.
-        RuntimeError: The weights of a tag could not be loaded.
+    What is None follows the data's protocol; the values in use are logged and saved with checkpoints. Errors are those
+    of :class:`~anomalib_mvfa.model.lightning_model.Mvfa`.
     """
 
     checkpoint_key = "april_gan"
@@ -75,6 +68,6 @@ class AprilGan(AdapterTrainingMixin, AnomalibModule):
         levels = check_levels(levels, clip.depth)
         seg, det = new_adapters(len(levels), clip, "linear", seed)
         model = AprilGanModel(clip, seg, det, MemoryBank(), levels, normalize=normalize)
-        asked = Settings(class_name=class_name, learning_rate=learning_rate, calibration=calibration)
-        self._init_state(model, asked, seed, bank_images, max_epochs)
+        settings = Settings(class_name=class_name, learning_rate=learning_rate, calibration=calibration)
+        self._init_state(model, settings, seed, bank_images, max_epochs)
         self.loss = MvfaLoss()

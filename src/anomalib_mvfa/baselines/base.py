@@ -21,22 +21,14 @@ logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings 
 
 
 class TrainedBaseline(AnomalibMixin):
-    """A model that trains a network of its own; to be named before ``AnomalibModule``.
+    """A model that trains a network of its own; to be named before ``AnomalibModule``."""
 
-    Attributes:
-        learning_rate: Learning rate of Adam.
-        max_epochs: Epochs to train, unless the trainer is told otherwise.
-        seed: Seed of all random choices.
-        normal_only_warning: What a warning says of training data without abnormal images.
-    """
-
-    learning_rate: float
     max_epochs: int
     seed: int
-    normal_only_warning = ""
+    normal_only_warning = ""  # what a warning says of training data without abnormal images
 
     def setup(self, stage: str) -> None:
-        """Choose how long to train, and look at what there is to learn from."""
+        """Choose how long to train, and describe the training data."""
         if stage == "fit":
             plan_epochs(self.trainer, self.max_epochs)
             self.facts = describe(self.datamodule, self.dataset("train"))
@@ -62,12 +54,7 @@ def standardise(image: torch.Tensor) -> torch.Tensor:
 def timm_features(
     backbone: str, layers: Sequence[str | int], pre_trained: bool, requires_grad: bool = False
 ) -> TimmFeatureExtractor:
-    """Return anomalib's extractor of features of a convolutional network, at layers by timm's names or numbers.
-
-    Raises:
-        ValueError: The network has no such layer.
-        RuntimeError: There is no such network, or its weights could not be loaded.
-    """
+    """Return anomalib's extractor of a convolutional network's features, at layers by timm's names or numbers."""
     with loading_weights(backbone):
         extractor = TimmFeatureExtractor(backbone, list(layers), pre_trained, requires_grad)
     if len(extractor.idx) != len(layers):  # anomalib leaves the others out, with a warning
@@ -84,9 +71,8 @@ def loading_weights(backbone: str) -> Iterator[None]:
         yield
     except OSError as error:
         msg = (
-            f"The weights of {backbone} could not be loaded ({first_line(error)}). Run once with a network; or name a "
-            "file for this method in the `weights` of a comparison; or pre_trained=false for random weights, to try "
-            "the software out."
+            f"The weights of {backbone} could not be loaded ({first_line(error)}). Options: run once with a network; "
+            "name a file in the `weights` of a comparison; or pre_trained=false for random weights, to try it out."
         )
         raise RuntimeError(msg) from error
 

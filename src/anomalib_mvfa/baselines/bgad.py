@@ -29,22 +29,15 @@ def likelihood_loss(log_likelihood: torch.Tensor, abnormal: torch.Tensor) -> tor
     return -logsigmoid(normal).sum() / max(len(normal), 1)
 
 
-def boundary_loss(
-    log_likelihood: torch.Tensor, abnormal: torch.Tensor, boundary_share: float, margin: float
-) -> torch.Tensor:
-    """Semi-push-pull loss: mean distances to the boundary of the normal and the abnormal positions beyond it.
+def boundary_loss(log_likelihood: torch.Tensor, abnormal: torch.Tensor, share: float, margin: float) -> torch.Tensor:
+    """Semi-push-pull loss: mean distances to the boundary of positions ``(N,)`` on the wrong side of it.
 
-    Positions on the right side count nothing, whatever their distance. Distances are in units of `NORMALIZER`.
-
-    Args:
-        log_likelihood: Log-likelihood per channel ``(N,)``.
-        abnormal: Which positions are abnormal ``(N,)``; there must be some of each kind.
-        boundary_share: Share of normal positions below the boundary.
-        margin: How far below the boundary the right side of abnormal positions begins.
+    A share of the normal positions is below the boundary, which is their wrong side; the right side of abnormal ones
+    begins a margin below it. Distances are in units of `NORMALIZER`. There must be positions of each kind.
     """
     value = log_likelihood / NORMALIZER
     normal, odd = value[~abnormal], value[abnormal]
-    boundary = normal.detach().sort().values[int(boundary_share * len(normal))]
+    boundary = normal.detach().sort().values[int(share * len(normal))]
     return _mean_of_positive(boundary - normal) + _mean_of_positive(odd - (boundary - margin))
 
 
@@ -56,13 +49,8 @@ def _mean_of_positive(distance: torch.Tensor) -> torch.Tensor:
 class BgadModel(nn.Module):
     """A flow for each level of a frozen backbone, conditioned on where in the image a position is.
 
-    Buffer ``top``: highest log-likelihood ``(l,)`` of normal positions in the last epoch of training.
-
-    Args:
-        backbone: Frozen network.
-        condition_vector: P.
-        coupling_blocks: Number of coupling blocks of each flow.
-        clamp_alpha: Bound of the couplings' scales.
+    Its arguments are those of `Bgad`. Buffer ``top``: highest log-likelihood ``(l,)`` of normal positions in the last
+    epoch of training.
     """
 
     top: torch.Tensor
@@ -73,9 +61,8 @@ class BgadModel(nn.Module):
         super().__init__()
         self.condition_vector = condition_vector
         self.backbone = backbone.requires_grad_(False)
-        self.flows = nn.ModuleList(
-            cflow_head(condition_vector, coupling_blocks, clamp_alpha, width) for width in backbone.out_dims
-        )
+        flows = [cflow_head(condition_vector, coupling_blocks, clamp_alpha, width) for width in backbone.out_dims]
+        self.flows = nn.ModuleList(flows)
         self.register_buffer("top", torch.zeros(len(self.flows)))
 
     def forward(self, image: torch.Tensor) -> InferenceBatch:
@@ -116,16 +103,15 @@ class BgadModel(nn.Module):
 class Bgad(TrainedBaseline, AnomalibModule):
     """BGAD: a flow learns the likelihood of normal features, and from masks what has to be unlikely.
 
-    It takes a step for every ``fiber_batch_size`` positions of a level, and trains on one device. Normal images alone
-    teach it the likelihood, and nothing else.
+    It trains on one device. Normal images alone teach it the likelihood, and nothing else.
 
     Args:
         backbone: Timm's name of a convolutional network; it is frozen.
         layers: Layers of the backbone, by timm's names.
-        condition_vector: Width of positional encodings, a multiple of 4.
+        condition_vector: P, the width of positional encodings, a multiple of 4.
         coupling_blocks: Number of coupling blocks of each flow.
         clamp_alpha: Bound of the couplings' scales.
-        fiber_batch_size: Positions in a step.
+        fiber_batch_size: Number of a level's positions in a step.
         boundary_share: Share of normal positions below the boundary.
         margin: Distance of abnormal positions from the boundary; 0.1 is a log-likelihood of 1 per channel.
         boundary_weight: Weight of the loss at the boundary.
@@ -133,16 +119,12 @@ class Bgad(TrainedBaseline, AnomalibModule):
         learning_rate: Learning rate of Adam; it falls to 0 along a cosine.
 
     Raises:
-        ValueError: An argument has no such value, the data have abnormal training images without masks, or there are
-            several devices to train on.
+        ValueError: An argument has no such value, abnormal training images have no masks, or devices are several.
         RuntimeError: There is no such backbone, or its weights could not be loaded.
     """
 
     IMAGE_SIZE = 256
-    normal_only_warning = (
-        "BGAD learns the likelihood of normal features alone, and no boundary. Use a FewShot datamodule on data with "
-        "masks."
-    )
+    normal_only_warning = "BGAD learns no boundary. Use a FewShot datamodule on data with masks."
     model: BgadModel
 
     def __init__(
@@ -194,8 +176,7 @@ class Bgad(TrainedBaseline, AnomalibModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return Adam over the flows, and its schedule."""
-        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.Adam(learning, lr=self.learning_rate)
+        optimizer = torch.optim.Adam(self.model.flows.parameters(), lr=self.learning_rate)
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)]
 
     def on_train_epoch_start(self) -> None:
@@ -209,8 +190,7 @@ class Bgad(TrainedBaseline, AnomalibModule):
         if batch.gt_mask is None and torch.as_tensor(batch.gt_label).any():
             msg = (
                 f"Bgad learns abnormal positions from masks, and the data of {self.facts.class_name} have none. Choose "
-                "data with masks (of BMAD: Brain, Liver or Retina_RESC), normal images alone (abnormal_shots=0), or a "
-                "method that learns from labels (Dra, AprilGan, Mvfa)."
+                "data with masks (of BMAD: Brain, Liver or Retina_RESC), abnormal_shots=0, or Dra, AprilGan or Mvfa."
             )
             raise ValueError(msg)
         mask = image.new_zeros(len(image), *image.shape[-2:]) if batch.gt_mask is None else batch.gt_mask
@@ -220,18 +200,13 @@ class Bgad(TrainedBaseline, AnomalibModule):
             rows, condition = self.model.positions(x)
             abnormal = interpolate(mask.unsqueeze(1).float(), size=x.shape[-2:], mode="nearest").flatten() > 0
             shuffled = torch.from_numpy(order.permutation(len(rows))).to(x.device)
-            losses += [
-                self._take_step(level, rows[chosen], condition[chosen], abnormal[chosen])
-                for chosen in shuffled.split(self.fiber_batch_size)
-            ]
-        loss = torch.stack(losses).mean()
-        self.log_loss(loss, batch)
+            for chosen in shuffled.split(self.fiber_batch_size):
+                value = self.model.log_likelihood(level, rows[chosen], condition[chosen])
+                losses.append(self._take_step(level, value, abnormal[chosen]))
+        self.log_loss(torch.stack(losses).mean(), batch)
 
-    def _take_step(
-        self, level: int, rows: torch.Tensor, condition: torch.Tensor, abnormal: torch.Tensor
-    ) -> torch.Tensor:
-        """Take one step on positions of a level, and return their loss."""
-        value = self.model.log_likelihood(level, rows, condition)
+    def _take_step(self, level: int, value: torch.Tensor, abnormal: torch.Tensor) -> torch.Tensor:
+        """Take one step by the likelihoods of a level's positions, and return their loss."""
         loss = likelihood_loss(value, abnormal)
         if self.current_epoch >= self.warmup_epochs and abnormal.any() and not abnormal.all():
             loss = loss + self.boundary_weight * boundary_loss(value, abnormal, self.boundary_share, self.margin)

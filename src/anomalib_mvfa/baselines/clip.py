@@ -38,11 +38,7 @@ class StreamModel(MvfaModel):
 class FrozenModel(StreamModel):
     """Distance of a patch to those of normal images, in the stream of a frozen backbone; there are no text features.
 
-    Args:
-        backbone: The frozen network.
-        bank: Empty memory bank.
-        levels: Blocks (from 1) after which the stream is compared, increasing.
-        normalize: Whether images are normalised by the backbone's mean and standard deviation.
+    Its arguments are those of :class:`~anomalib_mvfa.model.torch_model.MvfaModel`.
     """
 
     def __init__(self, backbone: Any, bank: MemoryBank, levels: Sequence[int], normalize: bool) -> None:  # noqa: ANN401
@@ -72,16 +68,12 @@ class FrozenMixin(FusionMixin):
 
     def _init_frozen(self, model: FrozenModel, calibration: str, seed: int, bank_images: int) -> None:
         """Take a torch model, and the arguments that say how to fit and to score."""
-        asked = Settings(zero_shot_weight=0.0, few_shot_weight=1.0, calibration=calibration)
-        self._init_state(model, asked, seed, bank_images)
+        settings = Settings(zero_shot_weight=0.0, few_shot_weight=1.0, calibration=calibration)
+        self._init_state(model, settings, seed, bank_images)
         self.unused = nn.Parameter(torch.zeros(1))  # distributed training refuses a module without a weight that learns
 
     def _begin(self) -> None:
-        """Choose settings by the data at hand.
-
-        Raises:
-            ValueError: They have no normal images of what is tested.
-        """
+        """Choose settings by the data at hand, which must have normal images of what is tested."""
         if self._facts.protocol.few_shot_weight == 0:
             msg = (
                 f"{type(self).__name__} needs normal images of what is tested, and the data's protocol "
@@ -111,12 +103,8 @@ class FrozenMixin(FusionMixin):
 class Clip(FrozenMixin, AnomalibModule):
     """CLIP as it is: nothing is trained, and images are compared with normal ones of their kind.
 
-    Abnormal support images serve calibration and thresholds only.
-
-    Raises:
-        ValueError: An argument has no such value, or weights do not fit.
-        FileNotFoundError: A file that an argument names does not exist.
-        RuntimeError: The weights of a tag could not be loaded.
+    Abnormal support images serve calibration and thresholds only. Errors are those of
+    :class:`~anomalib_mvfa.model.lightning_model.Mvfa`.
     """
 
     checkpoint_key = "clip"

@@ -12,30 +12,25 @@ from anomalib.data.utils import LabelName
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, DynamicBufferMixin, TimmFeatureExtractor
 from anomalib.visualization import Visualizer
-from lightning.pytorch.utilities.types import STEP_OUTPUT
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
 
-from ..arguments import DEFAULT_PRETRAINED, check_arguments, documented
+from ..arguments import DEFAULT_PRETRAINED, check_arguments, check_bounds, documented
 from .base import TrainedBaseline, drawn_from, standardise, timm_features
 
 MARGIN = 5.0  # least deviation of anomalies, in standard deviations of the prior
 NORMAL, SEEN, PSEUDO = 0, 1, 2  # kinds of training images; the first two are anomalib's labels
 SCALES = 2  # of an image: as it is, and halved
-STRIDE = 32  # pixels of an image to a position of the last features
+MIN_SIZE = 128  # smallest height and width of images, which halved give 2 x 2 positions with a stride of 32
 HIDDEN = 256  # width of the normality head
 AREA, ASPECT = (0.02, 0.15), (0.3, 3.3)  # bounds of a pasted patch's share of the image, and of its height by width
 
 
 def deviation_loss(score: torch.Tensor, abnormal: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """Deviation loss: scores near the mean of a standard normal prior where normal, beyond the margin where abnormal.
+    """Deviation loss, a mean over the counted ones of a head's scores ``(B,)``, 0 where there are none.
 
-    A deviation is the z-score of the prior, so here the score itself.
-
-    Args:
-        score: Scores ``(B,)`` of a head.
-        abnormal: Which are to be beyond the margin ``(B,)``.
-        counted: Which the head learns from ``(B,)``; the loss is their mean, 0 where there are none.
+    Scores are drawn to 0, the mean of a standard normal prior, and those to be abnormal ``(B,)`` beyond the margin.
     """
     loss = torch.where(abnormal, (MARGIN - score).clamp(min=0), score.abs())
     return (loss * counted).sum() / counted.sum().clamp(min=1)
@@ -60,39 +55,19 @@ def cut_mix(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     return pasted
 
 
-class NormalityHead(nn.Module):
-    """Score of the mean features of an image, high where normal."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1))
+class Head(nn.Sequential):
+    """Layers that end in one channel, whose absolute value is a score."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Score features ``(B, D, h, w)``: ``(B,)``."""
-        return self.layers(features.mean(dim=(2, 3))).squeeze(1).abs()
-
-
-class PatchHead(nn.Sequential):
-    """Scores of positions; of differences, through a convolution of their own."""
-
-    def __init__(self, width: int, is_residual: bool = False) -> None:
-        look = [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()] if is_residual else []
-        super().__init__(*look, nn.Conv2d(width, 1, 1))
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Score features ``(B, D, h, w)``: ``(B, h, w)``."""
+        """Score features ``(B, D)`` of images or ``(B, D, h, w)`` of positions: ``(B,)`` or ``(B, h, w)``."""
         return super().forward(features).squeeze(1).abs()
 
 
 class DraModel(DynamicBufferMixin):
-    """Four heads on the last features of a backbone, at two scales of the image.
+    """Four heads on the last features of a backbone, at two scales of the image; its arguments are those of `Dra`.
 
     Buffers ``reference_0`` and ``reference_1``: mean features ``(D, h, w)`` of normal images, per scale; empty until
     set.
-
-    Args:
-        backbone: Network whose last features are scored.
-        top_share: Share of the positions, the highest, whose mean is an image's score.
     """
 
     reference_0: torch.Tensor
@@ -103,52 +78,39 @@ class DraModel(DynamicBufferMixin):
         self.top_share = top_share
         self.backbone = backbone
         (width,) = backbone.out_dims
-        self.normality_head = NormalityHead(width)
-        self.seen_head = PatchHead(width)
-        self.pseudo_head = PatchHead(width)
-        self.residual_head = PatchHead(width, is_residual=True)
-        for scale in range(SCALES):
-            self.register_buffer(f"reference_{scale}", torch.empty(0))
+        self.normality_head = Head(nn.Linear(width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1))
+        self.seen_head = Head(nn.Conv2d(width, 1, 1))
+        self.pseudo_head = Head(nn.Conv2d(width, 1, 1))
+        look = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()
+        self.residual_head = Head(*look, nn.Conv2d(width, 1, 1))
+        self.register_buffer("reference_0", torch.empty(0))
+        self.register_buffer("reference_1", torch.empty(0))
 
     def forward(self, image: torch.Tensor) -> InferenceBatch:
-        """Score images.
-
-        Args:
-            image: RGB in [0, 1], ``(B, 3, H, W)``.
+        """Score RGB images in [0, 1], ``(B, 3, H, W)``; RuntimeError without references.
 
         Returns:
             ``pred_score`` ``(B,)``: scores of the anomaly heads, less that of the normality head. ``anomaly_map``
             ``(B, H, W)``: positions' scores of the anomaly heads, upsampled.
-
-        Raises:
-            RuntimeError: There are no references.
         """
         if not self.reference_0.numel():
             msg = "The model has no reference features yet. Fit it, or load a checkpoint of a finished fit."
             raise RuntimeError(msg)
         normality, *heads = self.head_scores(self.features(image), [self.reference_0, self.reference_1])
         pred_score = sum(map(self.image_score, heads)) - normality
-        maps = [
-            interpolate(patches.unsqueeze(1), size=image.shape[-2:], mode="bilinear").squeeze(1)
-            for head in heads
-            for patches in head
-        ]
-        return InferenceBatch(pred_score=pred_score, anomaly_map=torch.stack(maps).sum(dim=0) / SCALES)
+        patches = [scale.unsqueeze(1) for head in heads for scale in head]
+        maps = torch.stack([interpolate(scale, size=image.shape[-2:], mode="bilinear") for scale in patches])
+        return InferenceBatch(pred_score=pred_score, anomaly_map=maps.sum(dim=0).squeeze(1) / SCALES)
 
     def features(self, image: torch.Tensor) -> list[torch.Tensor]:
         """Return per scale features ``(B, D, h, w)`` of images in [0, 1]."""
         image = standardise(image)
-        scaled = [avg_pool2d(image, 2**scale) if scale else image for scale in range(SCALES)]
-        return [next(iter(self.backbone(image).values())) for image in scaled]
+        return [next(iter(self.backbone(avg_pool2d(image, 2**scale)).values())) for scale in range(SCALES)]
 
     def head_scores(self, features: list[torch.Tensor], references: list[torch.Tensor]) -> tuple[Any, ...]:
-        """Return all heads' scores of features ``(B, D, h, w)`` with references ``(D, h, w)``, each per scale.
-
-        Returns:
-            Normality of images ``(B,)``; seen, pseudo and residual anomaly of positions, per scale ``(B, h, w)``.
-        """
+        """Return normality ``(B,)`` by features and references per scale, and anomalies per scale ``(B, h, w)``."""
         return (
-            torch.stack([self.normality_head(x) for x in features]).mean(dim=0),
+            torch.stack([self.normality_head(x.mean(dim=(2, 3))) for x in features]).mean(dim=0),
             [self.seen_head(x) for x in features],
             [self.pseudo_head(x) for x in features],
             [self.residual_head(reference - x) for x, reference in zip(features, references, strict=True)],
@@ -159,13 +121,7 @@ class DraModel(DynamicBufferMixin):
         return torch.stack([top_mean(scale, self.top_share) for scale in patches]).mean(dim=0)
 
     def loss(self, image: torch.Tensor, kind: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        """Return the sum of the heads' losses, a scalar.
-
-        Args:
-            image: Training images in [0, 1], ``(B, 3, H, W)``.
-            kind: `NORMAL`, `SEEN` or `PSEUDO` ``(B,)``.
-            reference: Normal images ``(N, 3, H, W)``.
-        """
+        """Return the sum of the heads' losses on images ``(B, 3, H, W)`` of a kind ``(B,)``, by normal references."""
         both = self.features(torch.cat([reference, image]))  # in one pass, so that batch norm treats them alike
         references = [x[: len(reference)].mean(dim=0) for x in both]
         normality, *heads = self.head_scores([x[len(reference) :] for x in both], references)
@@ -189,9 +145,7 @@ class DraModel(DynamicBufferMixin):
 
 @documented
 class Dra(TrainedBaseline, AnomalibModule):
-    """DRA: learns from labelled anomalies, from made-up ones, and from differences from normal images.
-
-    Every step trains on the images of the batch and on a pseudo anomaly made of each normal one.
+    """DRA: learns from labelled anomalies, pseudo anomalies made of normal images, and differences from normal images.
 
     Args:
         backbone: Timm's name of a convolutional network with a stride of 32; it is trained.
@@ -206,10 +160,7 @@ class Dra(TrainedBaseline, AnomalibModule):
     """
 
     IMAGE_SIZE = 448
-    normal_only_warning = (
-        "DRA learns from normal and pseudo-abnormal images alone, and its head of seen anomalies learns nothing. Use a "
-        "FewShot datamodule to learn from labelled images."
-    )
+    normal_only_warning = "DRA's head of seen anomalies learns nothing. Use a FewShot datamodule."
     model: DraModel
 
     def __init__(
@@ -228,10 +179,7 @@ class Dra(TrainedBaseline, AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         check_arguments(locals())
-        least = 2 * STRIDE * 2 ** (SCALES - 1)
-        if image_size < least:
-            msg = f"image_size={image_size} must be at least {least}: at half the size, features need 2 x 2 positions."
-            raise ValueError(msg)
+        check_bounds("image_size", image_size, MIN_SIZE)
         super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
         with drawn_from(seed):
             self.model = DraModel(timm_features(backbone, [-1], pre_trained, requires_grad=True), top_share)
@@ -241,21 +189,20 @@ class Dra(TrainedBaseline, AnomalibModule):
         self.seed = seed
         self._reference_images = torch.empty(0)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return Adam over everything, and a schedule of three steps."""
         optimizer = torch.optim.Adam(self.model.parameters(), lr=self.learning_rate, weight_decay=1e-5)
-        step = max(1, self.epochs // 3)
-        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, step, gamma=0.1)}
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, max(1, self.epochs // 3), gamma=0.1)]
 
     def on_train_start(self) -> None:
-        """Draw the references, processed as images to be scored are."""
+        """Draw the references, and process them as images to be scored."""
         data = self.dataset("train")
         samples = getattr(data, "samples", None)
         normal = np.flatnonzero([] if samples is None else samples.label_index == LabelName.NORMAL)
         if not len(normal):
             msg = (
-                "Dra needs normal training images, in a dataset with anomalib's table of samples, to compare with; "
-                f"{type(data).__name__} has none. Give a FewShot datamodule, or another one of anomalib's."
+                f"Dra needs normal training images to compare with, and {type(data).__name__} lists none. Give a "
+                "FewShot datamodule, or another one of anomalib's."
             )
             raise ValueError(msg)
         chosen = np.random.default_rng(self.seed).permutation(normal)[: self.references]
@@ -279,7 +226,7 @@ class Dra(TrainedBaseline, AnomalibModule):
             self.model.set_references(self._reference_images)
 
     def on_train_epoch_end(self) -> None:
-        """See that the checkpoint to be saved can score, whether or not there was validation."""
+        """See that the checkpoint to be saved can score, whether or not there is validation."""
         self.model.set_references(self._reference_images)
 
     def on_train_end(self) -> None:

@@ -57,16 +57,7 @@ _SWIN_NAMES = (  # of transformers and of timm, in this order
 
 
 class StageBackbone(nn.Module):
-    """A frozen network of timm with four stages, for :class:`~anomalib_mvfa.model.torch_model.MvfaModel`.
-
-    Its arguments and errors are those of :class:`MedClip`.
-
-    Attributes:
-        depth: Number of stages.
-        width: D of the last one.
-        joint_width: The same: there is no joint space.
-        fingerprint: Hash of samples of the weights.
-    """
+    """A frozen network of timm with four stages; its arguments and errors are those of :class:`MedClip`."""
 
     network: Any  # of one of timm's classes
     mean: torch.Tensor
@@ -89,7 +80,7 @@ class StageBackbone(nn.Module):
             network.set_input_size((image_size, image_size))
         self.network = network.requires_grad_(False).eval()
         self.image_size = image_size
-        self.width = self.joint_width = widths[-1]
+        self.width = self.joint_width = widths[-1]  # there is no joint space
         self._first = len(widths) - STAGES
         self.register_buffer("mean", torch.tensor(MEAN), persistent=False)
         self.register_buffer("std", torch.tensor(STD), persistent=False)
@@ -97,18 +88,15 @@ class StageBackbone(nn.Module):
     def streams(self, image: torch.Tensor, ends: Sequence[int]) -> list[torch.Tensor]:
         """Return the output ``(B, P, D)`` of these stages (from 1), of normalised images ``(B, 3, H, W)``."""
         indices = [self._first + end - 1 for end in ends]
-        maps = self.network.forward_intermediates(
-            image, indices=indices, norm=False, output_fmt="NCHW", intermediates_only=True
-        )
+        maps = self.network.forward_intermediates(image, indices=indices, output_fmt="NCHW", intermediates_only=True)
         return [stage.flatten(2).transpose(1, 2) for stage in maps]
 
 
 def _network(backbone: str, pretrained: str | None) -> nn.Module:
     options = (
-        f"Options: give pretrained= the path of MedCLIP's {MEMBER} or of the archive that it comes in "
-        f"({PUBLISHED.get(backbone, 'none is published for this backbone')}; it is not downloaded by itself, since its "
-        "authors publish no checksum); or pretrained=imagenet for timm's weights; or pretrained=null for random ones, "
-        "to try the software out."
+        f"Options: MedCLIP's {MEMBER} or its archive ({PUBLISHED.get(backbone, 'none for this backbone')}; not "
+        "downloaded by itself, since its authors publish no checksum); imagenet for timm's weights; or null for random "
+        "ones, to try the software out."
     )
     path = Path(pretrained or "").expanduser()
     if pretrained == "imagenet":
@@ -119,8 +107,7 @@ def _network(backbone: str, pretrained: str | None) -> nn.Module:
             raise RuntimeError(msg) from error
     if pretrained is not None and not path.is_file():
         msg = f"pretrained={pretrained!r} is no file. {options}"
-        looks_like_path = path.suffix or len(path.parts) > 1
-        raise FileNotFoundError(msg) if looks_like_path else ValueError(msg)
+        raise FileNotFoundError(msg) if path.suffix or len(path.parts) > 1 else ValueError(msg)
     with drawn_from(RANDOM_SEED):
         network = timm.create_model(backbone, num_classes=0)
     if pretrained is None:
@@ -141,34 +128,23 @@ def _read(path: Path) -> State:
     try:
         return torch.load(io.BytesIO(members[0]), map_location="cpu", weights_only=True)
     except Exception as error:
-        msg = (
-            f"pretrained={str(path)!r} cannot be read ({first_line(error)}); its {MEMBER} must be a state dict without "
-            "code, and complete."
-        )
+        msg = f"pretrained={str(path)!r} cannot be read ({first_line(error)}); its {MEMBER} must be a state dict."
         raise ValueError(msg) from error
 
 
 def tower_state(state: State) -> State:
-    """Return an image tower's weights by timm's names, without a head.
-
-    They are taken from all of MedCLIP, its image tower alone, or a network of torchvision, timm or transformers.
-    """
+    """Return weights of MedCLIP, its image tower, or a network of torchvision, timm or transformers as timm's tower."""
     tower = next((prefix for prefix in _TOWERS if any(name.startswith(prefix) for name in state)), "")
-    found = {}
-    for name, value in state.items():
-        own = name.removeprefix(tower)
-        if not name.startswith(tower) or own.startswith(_HEADS) or own.endswith(_BUFFERS):
-            continue
-        for old, new in _SWIN_NAMES:
-            own = own.replace(old, new)
-        found[own] = value
-    for name in [name for name in found if ".attn.query." in name]:
-        parts = [found.pop(name.replace(".query.", f".{part}.")) for part in ("query", "key", "value")]
-        found[name.replace(".query.", ".qkv.")] = torch.cat(parts)
-    if "layers.0.downsample.reduction.weight" in found:  # at the end of a stage; in timm, at the next one's beginning
+    state = {name.removeprefix(tower): value for name, value in state.items() if name.startswith(tower)}
+    for old, new in _SWIN_NAMES:
+        state = {name.replace(old, new): value for name, value in state.items()}
+    for name in [name for name in state if ".attn.query." in name]:
+        parts = [state.pop(name.replace(".query.", f".{part}.")) for part in ("query", "key", "value")]
+        state[name.replace(".query.", ".qkv.")] = torch.cat(parts)
+    if any(name.startswith("layers.0.downsample.") for name in state):  # timm has it in the stage that follows
         stage = re.compile(r"(?<=^layers\.)\d+(?=\.downsample)")
-        found = {stage.sub(lambda match: str(int(match[0]) + 1), name): value for name, value in found.items()}
-    return found
+        state = {stage.sub(lambda match: str(int(match[0]) + 1), name): value for name, value in state.items()}
+    return {name: value for name, value in state.items() if not name.startswith(_HEADS) and not name.endswith(_BUFFERS)}
 
 
 class StageBank(MemoryBank):
@@ -182,15 +158,10 @@ class StageBank(MemoryBank):
         setattr(self, branch, torch.cat([normalize(stage.float(), dim=-1).flatten(1) for stage in tokens], dim=1))
 
     def level_distances(
-        self,
-        branch: str,
-        tokens: Sequence[torch.Tensor],
-        keep: torch.Tensor | None = None,
+        self, branch: str, tokens: Sequence[torch.Tensor], keep: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
         """As :meth:`MemoryBank.level_distances`, of stages ``(B, P, D)``: on the finest grid among them."""
-        bank = self._rows(branch)
-        if keep is not None:
-            bank = bank[keep]
+        bank = self._rows(branch) if keep is None else self._rows(branch)[keep]
         grid = max(math.isqrt(stage.shape[1]) for stage in tokens)
         distances = []
         stages = bank.split([stage.shape[1] * stage.shape[2] for stage in tokens], dim=1)
@@ -204,22 +175,16 @@ class StageBank(MemoryBank):
 class MedClip(FrozenMixin, AnomalibModule):
     """MedCLIP's image tower as it is: nothing is trained, and images are compared with normal ones of their kind.
 
-    Abnormal support images serve calibration and thresholds only. Images are normalised as MedCLIP's are, whatever the
-    weights.
+    Abnormal support images serve calibration and thresholds only. Images are normalised as MedCLIP's, whatever the
+    weights. Errors are those of :class:`~anomalib_mvfa.model.lightning_model.Mvfa`.
 
     Args:
         backbone: Timm's name of a network with four stages: "swin_tiny_patch4_window7_224" or "resnet50" for the
             published weights.
-        pretrained: Path of a file: MedCLIP's pytorch_model.bin or its archive, which is not downloaded by itself, or a
-            state dict of the network in the form of torchvision, timm or transformers; or "imagenet", timm's weights,
-            in their place; or None for seeded random weights, the default if the environment variable
-            ``ANOMALIB_MVFA_PRETRAINED`` is "null".
+        pretrained: Path of MedCLIP's pytorch_model.bin or its archive, which is not downloaded by itself, or of a state
+            dict of the network (torchvision, timm, transformers); "imagenet" for timm's weights; or None for seeded
+            random weights, the default if the environment variable ``ANOMALIB_MVFA_PRETRAINED`` is "null".
         levels: Stages (from 1) whose output is compared. The first has low-level features and 3136 patches an image.
-
-    Raises:
-        ValueError: An argument has no such value, or weights do not fit.
-        FileNotFoundError: A file that an argument names does not exist.
-        RuntimeError: The weights of a tag could not be loaded.
     """
 
     IMAGE_SIZE = 224

@@ -13,10 +13,9 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, max_pool2d
 from torchvision.models import get_model
 
-from ..arguments import DEFAULT_PRETRAINED, check_arguments, check_choice, documented
+from ..arguments import DEFAULT_PRETRAINED, check_arguments, check_bounds, check_choice, documented
 from .base import TrainedBaseline, loading_weights
 
-BACKBONES = ("vgg11", "vgg13", "vgg16", "vgg19")
 NARROW = 16  # channels of the student's convolutions that are not compared with the teacher's
 SCORED = 3  # number of blocks, the last ones, that make up a score; in training the second one counts too
 SIGMA = 4  # standard deviation of the blur of maps, in pixels
@@ -24,10 +23,7 @@ MIN_SIZE = 32  # smallest height and width of images, which five poolings halve
 
 
 def discrepancy(student: torch.Tensor, teacher: torch.Tensor, value_weight: float) -> torch.Tensor:
-    """How far activations ``(B, ...)`` are from the teacher's, ``(B,)``: in direction, and in mean squared value.
-
-    They are ``1 - cosine`` of all activations, and by ``value_weight`` their mean squared difference, in float32.
-    """
+    """``1 - cosine`` of activations ``(B, ...)`` plus weighted mean squared difference: ``(B,)``, in float32."""
     student, teacher = student.flatten(1).float(), teacher.flatten(1).float()
     direction = 1 - cosine_similarity(student, teacher, dim=1)
     return direction + value_weight * (student - teacher).square().mean(dim=1)
@@ -44,12 +40,7 @@ def _dilate(maps: torch.Tensor) -> torch.Tensor:
 
 
 class MkdModel(nn.Module):
-    """A frozen VGG, and a narrow copy of it that learns to have the same activations after its poolings.
-
-    Args:
-        teacher: Layers of a VGG without batch normalisation.
-        value_weight: Weight of the squared difference beside the cosine.
-    """
+    """A frozen VGG, given by its layers, and a narrow copy that learns to have the same activations after poolings."""
 
     def __init__(self, teacher: nn.Sequential, value_weight: float) -> None:
         super().__init__()
@@ -59,10 +50,7 @@ class MkdModel(nn.Module):
         self.blur = GaussianBlur2d(sigma=SIGMA)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor | InferenceBatch:
-        """Score images.
-
-        Args:
-            image: RGB in [0, 1], ``(B, 3, H, W)``; overshoots of the resize are clamped.
+        """Score RGB images in [0, 1], ``(B, 3, H, W)``; overshoots of the resize are clamped.
 
         Returns:
             In train mode the loss of every image; in eval mode ``pred_score`` ``(B,)`` and, but for exported graphs,
@@ -92,11 +80,6 @@ class MkdModel(nn.Module):
     def score(self, image: torch.Tensor) -> torch.Tensor:
         """Return scores ``(B,)`` of images in [0, 1]."""
         return torch.stack(self.losses(image)[-SCORED:]).sum(dim=0)
-
-
-def _features(backbone: str, pre_trained: bool) -> nn.Sequential:
-    with loading_weights(backbone):
-        return get_model(backbone, weights="DEFAULT" if pre_trained else None).features
 
 
 def _blocks(features: nn.Sequential) -> nn.ModuleList:
@@ -135,8 +118,7 @@ class Mkd(TrainedBaseline, AnomalibModule):
     Args:
         backbone: Torchvision's name of the teacher: "vgg11", "vgg13", "vgg16" or "vgg19".
         image_size: Height and width in pixels to which images are resized, at least 32.
-        value_weight: Weight of activations' values beside their directions. The authors use 0.5 on MVTec AD and 0.01
-            elsewhere.
+        value_weight: Weight of squared differences beside the cosine; the authors use 0.5 on MVTec AD, else 0.01.
         learning_rate: Learning rate of Adam.
 
     Raises:
@@ -161,12 +143,12 @@ class Mkd(TrainedBaseline, AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         check_arguments(locals())
-        if image_size < MIN_SIZE:
-            msg = f"image_size={image_size} must be at least {MIN_SIZE}: the network halves images five times."
-            raise ValueError(msg)
-        check_choice("backbone", backbone, BACKBONES)
+        check_bounds("image_size", image_size, MIN_SIZE)
+        check_choice("backbone", backbone, ["vgg11", "vgg13", "vgg16", "vgg19"])
         super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
-        self.model = MkdModel(_features(backbone, pre_trained), value_weight)
+        with loading_weights(backbone):
+            teacher = get_model(backbone, weights="DEFAULT" if pre_trained else None).features
+        self.model = MkdModel(teacher, value_weight)
         self.learning_rate = learning_rate
         self.max_epochs = max_epochs
 

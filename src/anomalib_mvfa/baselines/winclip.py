@@ -39,13 +39,12 @@ class WinClipBaseline(WinClip):
         k_shot: Number of normal reference images; 0 compares with prompts alone.
         scales: Sides of the windows in patches.
         backbone: Name of an open_clip model with a plain vision transformer, or path of a model config in open_clip's
-            JSON form. The paper's takes some 10 s for an image on a CPU.
+            JSON form. The default one takes some 10 s for an image on a CPU.
         pretrained: Tag of open_clip; or path of a weight file; or None for seeded random weights.
 
     Raises:
         ValueError: An argument has no such value, weights do not fit, or there are too few reference images.
-        FileNotFoundError: A file that an argument names does not exist.
-        RuntimeError: The weights of a tag could not be loaded.
+        FileNotFoundError, RuntimeError: Weights could not be found, or not be loaded.
     """
 
     def __init__(
@@ -64,8 +63,7 @@ class WinClipBaseline(WinClip):
         scales = [int(scale) for scale in scales]
         backbone, pretrained = str(backbone), optional_text(pretrained)
         check_bounds("k_shot", k_shot, 0)
-        # Not WinClip's own, which downloads its one backbone.
-        super(WinClip, self).__init__(pre_processor, post_processor, evaluator, visualizer)
+        super(WinClip, self).__init__(pre_processor, post_processor, evaluator, visualizer)  # WinClip's own downloads
         self.model = WindowModel(backbone, pretrained, scales)
         self.class_name = class_name
         self.k_shot = k_shot
@@ -76,7 +74,7 @@ class WinClipBaseline(WinClip):
         return self.class_name or class_name_of_data(getattr(self._trainer, "datamodule", None)) or DEFAULT_CLASS_NAME
 
     def collect_reference_images(self, dataloader: DataLoader) -> torch.Tensor:
-        """Return reference images ``(K, 3, H, W)``, processed as images to be scored are."""
+        """Return reference images ``(K, 3, H, W)``, processed as images to be scored."""
         del dataloader  # in an order of its own, and with abnormal images where the data have some to learn from
         data = getattr(self._trainer, "datamodule", None)
         views: Any = support_of(data, None, self.k_shot, getattr(data, "seed", None) or 0)
@@ -86,7 +84,7 @@ class WinClipBaseline(WinClip):
         if len(normal) < self.k_shot:
             msg = (
                 f"k_shot={self.k_shot} is too large: the data have {len(normal)} normal images to refer to. Choose at "
-                "most as many, for instance the k_shot of a FewShot datamodule; 0 needs none."
+                "most as many; 0 needs none."
             )
             raise ValueError(msg)
         transform = getattr(self.pre_processor, "transform", None) or nn.Identity()
@@ -94,19 +92,17 @@ class WinClipBaseline(WinClip):
 
 
 class WindowModel(WinClipModel):
-    """Anomalib's torch model, on a backbone of ours; its arguments are those of :class:`WinClipBaseline`."""
+    """Anomalib's torch model, on a backbone of ours; its arguments are those of `WinClipBaseline`."""
 
     def __init__(self, backbone: str, pretrained: str | None, scales: Sequence[int]) -> None:
-        super(WinClipModel, self).__init__()  # not WinClipModel's own, which downloads its one backbone
+        super(WinClipModel, self).__init__()  # WinClipModel's own downloads
         self.tower = ClipBackbone(backbone, pretrained, IMAGE_SIZE)
-        if not 1 <= min(scales) <= max(scales) <= self.tower.grid:
-            msg = (
-                f"scales={list(scales)} must be from 1 to {self.tower.grid}: {backbone} sees an image as "
-                f"{self.tower.grid} x {self.tower.grid} patches."
-            )
+        grid = self.tower.grid
+        if not 1 <= min(scales) <= max(scales) <= grid:
+            msg = f"scales={list(scales)} must be from 1 to {grid}: {backbone} has {grid} x {grid} patches."
             raise ValueError(msg)
         self.clip.visual.output_tokens = True
-        self.grid_size = (self.tower.grid, self.tower.grid)
+        self.grid_size = (grid, grid)
         self.temperature = TEMPERATURE
         self.class_name = None
         self.reference_images = None

@@ -1,0 +1,290 @@
+"""What every model of ours keeps to, in anomalib's engine: fit, test, checkpoints, exports, half precision, help."""
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from anomalib import LearningType
+from anomalib.engine import Engine
+from anomalib.models.components import AnomalibModule
+
+from anomalib_mvfa import AprilGan, Bgad, BMADFewShot, BrainPhantom, Clip, Dra, MedClip, Mkd, Mvfa, WinClipBaseline
+from anomalib_mvfa.baselines import mkd
+from anomalib_mvfa.compare.weights import Origin, build_model
+from recipe import TINY, WINDOWS, images, vgg_features, write_config
+
+SIZE = TINY.image_size
+TINY_CLIP, WINDOW_CLIP = "tiny.json", "windows.json"
+RESNET = {"backbone": "test_resnet", "pre_trained": False, "max_epochs": 1}
+MODELS = {
+    Mvfa: {"backbone": TINY_CLIP, "pretrained": None, "image_size": SIZE, "max_epochs": 1},
+    AprilGan: {"backbone": TINY_CLIP, "pretrained": None, "image_size": SIZE, "max_epochs": 1},
+    Clip: {"backbone": TINY_CLIP, "pretrained": None, "image_size": SIZE},
+    MedClip: {"backbone": "test_resnet", "pretrained": None, "image_size": SIZE},
+    WinClipBaseline: {"backbone": WINDOW_CLIP, "pretrained": None, "k_shot": 1},
+    Mkd: {"backbone": "vgg11", "pre_trained": False, "image_size": 32, "max_epochs": 1},
+    Dra: {**RESNET, "image_size": 128},
+    Bgad: {**RESNET, "image_size": 64, "layers": ["layer1", "layer2"], "coupling_blocks": 1, "warmup_epochs": 0},
+}
+IMAGE_SIZES = {kind: arguments.get("image_size", 240) for kind, arguments in MODELS.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_teacher():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mkd, "get_model", lambda name, weights: SimpleNamespace(features=vgg_features()))
+        yield
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """Build a small model of a kind."""
+    folder = tmp_path_factory.mktemp("configs")
+    files = {name: str(write_config(folder / name, clip)) for name, clip in ((TINY_CLIP, TINY), (WINDOW_CLIP, WINDOWS))}
+
+    def run(kind, **more):
+        arguments = {"visualizer": False, **MODELS[kind], **more}
+        return kind(**{name: files.get(str(value), value) for name, value in arguments.items()})
+
+    return run
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda kind: kind.__name__)
+def fitted(request, build, few_shot, engine, tmp_path_factory):
+    """Return an engine and a fitted model of each kind, its checkpoint and its figures."""
+    runner, model = engine(), build(request.param)
+    runner.fit(model, datamodule=few_shot())
+    checkpoint = runner.best_model_path
+    if request.param is WinClipBaseline:  # the engine only validates it
+        checkpoint = str(tmp_path_factory.mktemp("winclip") / "model.ckpt")
+        runner.trainer.save_checkpoint(checkpoint)
+    figures = runner.test(model, datamodule=few_shot(), verbose=False)[0]
+    return SimpleNamespace(engine=runner, model=model, checkpoint=checkpoint, figures=figures)
+
+
+@torch.no_grad()
+def scores(model, image):
+    return model.eval()(image)
+
+
+# ---------------------------------------------------------------------- fitted models
+
+
+def test_a_checkpoint_gives_the_same_figures_and_scores(fitted, few_shot, engine):
+    assert {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score"} <= set(fitted.figures)
+    assert all(0 <= value <= 1 for value in fitted.figures.values())
+    loaded = type(fitted.model).load_from_checkpoint(fitted.checkpoint, visualizer=False)
+    assert dict(loaded.hparams) == dict(fitted.model.hparams)
+    again = engine().test(loaded, datamodule=few_shot(), verbose=False)[0]
+    assert again == pytest.approx(fitted.figures, abs=1e-6)
+    image = images("films", 2, 80)
+    torch.testing.assert_close(scores(loaded, image).anomaly_map, scores(fitted.model, image).anomaly_map)
+
+
+def test_checkpoints_hold_plain_types_and_no_frozen_clip(fitted):
+    saved = torch.load(fitted.checkpoint, weights_only=True)
+    yaml.safe_dump(dict(saved["hyper_parameters"]))  # refuses all others, subclasses too
+    frozen = [key for key in saved["state_dict"] if key.startswith("model.backbone.")]
+    assert bool(frozen) == (type(fitted.model) in {Dra, Bgad})  # others find it where they found it before
+
+
+def test_a_score_depends_on_no_other_image(fitted):
+    image = images("query", 3, IMAGE_SIZES[type(fitted.model)])
+    together, alone = scores(fitted.model, image), scores(fitted.model, image[1:2])
+    assert together.anomaly_map.std() > 0
+    torch.testing.assert_close(together.pred_score[1:2], alone.pred_score)
+    torch.testing.assert_close(together.anomaly_map[1:2], alone.anomaly_map)
+
+
+def test_exports_give_the_same_scores_and_hold_no_images(fitted, few_shot, tmp_path, monkeypatch):
+    openvino = pytest.importorskip("openvino")
+    runner, model = fitted.engine, fitted.model
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    image = images("films", 2, 80)
+    expected = scores(model, image)
+
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    path = runner.export(model, "torch", export_root=tmp_path)
+    loaded = torch.load(path, weights_only=False)["model"]
+    assert not any(parameter.requires_grad for parameter in loaded.parameters()) or type(model) is WinClipBaseline
+    assert learning == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    torch.testing.assert_close(scores(loaded, image).anomaly_map, expected.anomaly_map)
+    source = few_shot()
+    source.setup()
+    content = path.read_bytes()
+    for row in range(len(source.support.samples)):
+        view = source.support[row].image
+        for pixels in (view, model.pre_processor.transform(view)):
+            assert pixels.numpy().tobytes()[:400] not in content
+
+    # By way of ONNX. Some processors compute in bfloat16 by OpenVINO's own choice.
+    path = runner.export(model, "openvino", export_root=tmp_path)
+    found = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(image.numpy())
+    names = {name for output in found for name in output.names} & {"pred_score", "anomaly_map"}
+    assert names == ({"pred_score"} if type(model) is Mkd else {"pred_score", "anomaly_map"})  # no gradient in a graph
+    for name in names:
+        values = getattr(expected, name).numpy()
+        np.testing.assert_allclose(np.asarray(found[name]).reshape(values.shape), values, atol=1e-4)
+
+
+def test_anomalib_is_told_the_same(fitted):
+    kind, model = type(fitted.model), fitted.model
+    if kind is WinClipBaseline:
+        assert model.learning_type == LearningType.FEW_SHOT
+    else:
+        assert model.learning_type == LearningType.ONE_CLASS
+        assert AnomalibModule in kind.__bases__  # or anomalib would not list it
+        assert model.trainer_arguments["num_sanity_val_steps"] == 0
+        assert ("max_epochs" in model.trainer_arguments) == (kind in {Clip, MedClip})
+        assert fitted.engine.trainer.max_epochs == 1
+        assert kind.configure_pre_processor((40, 40)).transform.size == [40, 40]
+        default = inspect.signature(kind).parameters["image_size"].default
+        assert kind.configure_pre_processor().transform.size == [default, default]
+        assert model.pre_processor.transform.size == [IMAGE_SIZES[kind], IMAGE_SIZES[kind]]
+
+
+def test_a_seed_decides_everything(fitted, build, few_shot, engine):
+    kind = type(fitted.model)
+    if not fitted.model.trainer_arguments.get("max_epochs") and "seed" in inspect.signature(kind).parameters:
+        torch.manual_seed(1)  # whatever was drawn before
+        same, other = build(kind), build(kind, seed=1)
+        first, second = (torch.cat([p.flatten() for p in model.model.parameters()]) for model in (same, other))
+        assert not torch.equal(first, second)
+        engine().fit(same, datamodule=few_shot())
+        assert all(map(torch.equal, same.model.parameters(), fitted.model.model.parameters()))
+
+
+@pytest.mark.parametrize("kind", [Mvfa, Clip, WinClipBaseline, Mkd, Bgad], ids=lambda kind: kind.__name__)
+def test_half_precision_of_data_without_masks(build, few_shot, engine, kind):
+    category = "Brain" if kind is Bgad else "Chest"  # it learns from masks
+    runner, model = engine(precision="bf16-mixed", limit_train_batches=1, limit_val_batches=1), build(kind)
+    runner.fit(model, datamodule=few_shot(category, train_batch_size=2))
+    figures = runner.test(model, datamodule=few_shot(category), verbose=False)[0]
+    assert ("pixel_AUROC" in figures) == (category == "Brain")
+    assert all(0 <= value <= 1 for value in figures.values())
+    floats = [value for value in model.state_dict().values() if value.is_floating_point()]
+    assert all(value.dtype == torch.float32 for value in floats)
+
+
+# ---------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+def test_every_argument_is_documented(kind):
+    undocumented = [name for name in inspect.signature(kind).parameters if f"\n    {name}: " not in kind.__doc__]
+    assert undocumented == []
+    assert "\n    pre_processor: Anomalib's component, or whether to use the default one.\n" in kind.__doc__
+
+
+def test_the_environment_sets_the_defaults(tiny_config):
+    code = """
+    from inspect import signature
+    from anomalib_mvfa import AprilGan, Bgad, Clip, Dra, MedClip, Mkd, Mvfa
+    for kind in (AprilGan, Bgad, Clip, Dra, MedClip, Mkd, Mvfa):
+        arguments = signature(kind).parameters
+        print(arguments["pretrained" if "pretrained" in arguments else "pre_trained"].default)
+    print(Mvfa().hparams["backbone"])
+    """
+    command = [sys.executable, "-c", inspect.cleandoc(code)]
+    environment = {**os.environ, "ANOMALIB_MVFA_BACKBONE": str(tiny_config), "ANOMALIB_MVFA_PRETRAINED": "null"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    expected = ["None", "False", "None", "False", "None", "False", "None", str(tiny_config)]
+    assert done.stdout.split() == expected, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (Mvfa, {"image_score": "mean"}, "map_max, det_mean, det_max"),
+        (AprilGan, {"learning_rate": -1.0}, r"learning_rate=-1\.0 must be at least 0\."),
+        (Clip, {"bank_images": 0}, r"bank_images=0 must be at least 1\."),
+        (MedClip, {"calibration": "train"}, "support, none, test"),
+        (WinClipBaseline, {"k_shot": -1}, r"k_shot=-1 must be at least 0\."),
+        (Mkd, {"backbone": "resnet18"}, r"backbone='resnet18' is unknown; choose one of: vgg11, vgg13, vgg16, vgg19"),
+        (Mkd, {"image_size": 31}, r"image_size=31 must be at least 32"),
+        (Dra, {"image_size": 96}, r"image_size=96 must be at least 128"),
+        (Dra, {"top_share": 1.5}, r"top_share=1.5 must be between 0 and 1\."),
+        (Bgad, {"condition_vector": 30}, r"condition_vector=30 must be a multiple of 4"),
+        (Bgad, {"boundary_share": 0.6}, r"boundary_share=0.6 must be between 0 and 0.5\."),
+    ],
+)
+def test_unknown_values_are_refused_before_weights_load(kind, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**{"backbone": "no such backbone", **arguments})
+
+
+@pytest.mark.parametrize(("kind", "loader"), [(Mkd, "mkd.get_model"), (Dra, "base.TimmFeatureExtractor")])
+def test_failed_downloads_say_what_to_do(kind, loader, build, monkeypatch):
+    def offline(*args, **kwargs):
+        msg = "cannot find the files\nin the cache"
+        raise FileNotFoundError(msg)
+
+    monkeypatch.setattr(f"anomalib_mvfa.baselines.{loader}", offline)
+    message = r"The weights of \w+ could not be loaded \(FileNotFoundError: cannot find the files\).* pre_trained=false"
+    with pytest.raises(RuntimeError, match=message):
+        build(kind, pre_trained=True)
+
+
+@pytest.mark.parametrize("kind", [Dra, Bgad], ids=lambda kind: kind.__name__)
+def test_weights_of_a_comparison_reach_the_backbone(kind, tmp_path):
+    state = timm.create_model("test_resnet").state_dict()
+    torch.save({name: torch.full_like(value, 0.5) for name, value in state.items()}, tmp_path / "weights.pth")
+    spec = {"class_path": kind.__name__, "init_args": {**MODELS[kind], "pre_trained": True}}
+    built, origin = build_model(spec, str(tmp_path / "weights.pth"), visualizer=False)
+    assert origin == Origin("weights.pth")
+    assert all((parameter == 0.5).all() for parameter in built.model.backbone.parameters())
+    (one, origin), (other, _) = (build_model(spec, None, visualizer=False, seed=seed) for seed in (3, 4))
+    assert origin.is_random
+    assert all(map(torch.equal, one.model.backbone.parameters(), other.model.backbone.parameters()))
+    assert not all(map(torch.equal, one.model.parameters(), other.model.parameters()))
+
+
+# ---------------------------------------------------------------------- several processes
+
+
+def fit_and_test(config, categories, out, processes):
+    """Fit and test models in each of some processes, and save their figures and states, a file per process."""
+    chest = BMADFewShot(categories, "Chest", k_shot=1, num_workers=0, train_batch_size=2 // processes)
+    normal = BrainPhantom(f"{out}-phantom-{os.environ.get('RANK')}", size=32, num_workers=0)
+    strategy = {"strategy": "ddp"} if processes > 1 else {}
+    results = {}
+    for kind, data in ((Clip, chest), (AprilGan, chest), (Mvfa, normal)):
+        model = kind(
+            str(config), None, image_size=SIZE, visualizer=False, **({} if kind is Clip else {"max_epochs": 1})
+        )
+        runs = f"{out}-{kind.__name__}-{os.environ.get('RANK')}"  # anomalib numbers these in every process, which race
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        engine = Engine(default_root_dir=runs, devices=processes, **quiet, **strategy)
+        engine.fit(model, datamodule=data)
+        figures = engine.test(model, datamodule=data, verbose=False)[0]
+        state = {key: value for key, value in model.state_dict().items() if "backbone" not in key}
+        results[kind.__name__] = figures, state
+    torch.save(results, f"{out}-{engine.trainer.global_rank}.pt")
+
+
+def test_two_processes_equal_one(tiny_config, categories, tmp_path):
+    fit_and_test(tiny_config, categories, tmp_path / "one", 1)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, __file__, str(tiny_config), str(categories), str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("one-0", "two-0", "two-1"))
+    for name, (figures, state) in one.items():
+        assert first[name][0] == pytest.approx(figures, abs=1e-5), name
+        for key, value in state.items():
+            here, there = first[name][1][key], second[name][1][key]
+            assert torch.equal(here.nan_to_num(), there.nan_to_num()), (name, key)
+            torch.testing.assert_close(here, value, atol=1e-4, rtol=0, equal_nan=True, msg=f"{name} {key}")
+
+
+if __name__ == "__main__":
+    fit_and_test(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], processes=2)
