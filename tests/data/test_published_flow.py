@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from anomalib.cli.cli import AnomalibCLI
-from anomalib_mvfa.repeat import ScoreRecorder
 
 from anomalib_mvfa.compare.bootstrap import ScoreRecorder
 from anomalib_mvfa.model.torch_model import MvfaModel

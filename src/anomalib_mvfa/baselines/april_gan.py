@@ -6,14 +6,13 @@ Axes: B images, L tokens (class token first), D width of the image tower, E join
 from collections.abc import Sequence
 
 import torch
-from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
-from anomalib.visualization import Visualizer
-from torch import nn
+from typing_extensions import Unpack
 
 from ..arguments import DEFAULT_BACKBONE, DEFAULT_PRETRAINED, check_arguments, documented, optional_text
 from ..model.backbone import ClipBackbone
 from ..model.build import check_levels, new_adapters
+from ..model.lightning_base import Components
 from ..model.lightning_model import AdapterTrainingMixin
 from ..model.losses import MvfaLoss
 from ..model.memory_bank import MemoryBank
@@ -56,14 +55,11 @@ class AprilGan(AdapterTrainingMixin, AnomalibModule):
         max_epochs: int = 50,
         bank_images: int = 16,
         seed: int = 0,
-        pre_processor: nn.Module | bool = True,
-        post_processor: nn.Module | bool = True,
-        evaluator: Evaluator | bool = True,
-        visualizer: Visualizer | bool = True,
+        **components: Unpack[Components],
     ) -> None:
         check_arguments(locals())
         backbone, pretrained = str(backbone), optional_text(pretrained)
-        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
+        super().__init__(image_size, **components)
         clip = ClipBackbone(backbone, pretrained, image_size, quick_gelu)
         levels = check_levels(levels, clip.depth)
         seg, det = new_adapters(len(levels), clip, "linear", seed)

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
-from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, TimmFeatureExtractor
 from anomalib.models.image.cflow.utils import cflow_head, get_logp, positional_encoding_2d
-from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.nn.functional import interpolate, logsigmoid
+from typing_extensions import Unpack
 
 from ..arguments import DEFAULT_PRETRAINED, check_arguments, documented
+from ..model.lightning_base import Components
 from .base import TrainedBaseline, drawn_from, standardise, timm_features
 
 NORMALIZER = 10.0  # the authors' unit of log-likelihoods per channel, in which margins are measured
@@ -144,16 +144,13 @@ class Bgad(TrainedBaseline, AnomalibModule):
         learning_rate: float = 2e-4,
         max_epochs: int = 200,
         seed: int = 0,
-        pre_processor: nn.Module | bool = True,
-        post_processor: nn.Module | bool = True,
-        evaluator: Evaluator | bool = True,
-        visualizer: Visualizer | bool = True,
+        **components: Unpack[Components],
     ) -> None:
         check_arguments(locals())
         if condition_vector < 4 or condition_vector % 4:
             msg = f"condition_vector={condition_vector} must be a multiple of 4: sine and cosine of two coordinates."
             raise ValueError(msg)
-        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
+        super().__init__(image_size, **components)
         self.automatic_optimization = False  # several steps a batch
         with drawn_from(seed):
             features = timm_features(backbone, layers, pre_trained)

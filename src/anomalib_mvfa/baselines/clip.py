@@ -8,17 +8,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
-from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
+from typing_extensions import Unpack
 
 from ..arguments import DEFAULT_BACKBONE, DEFAULT_PRETRAINED, check_arguments, documented, optional_text
 from ..model.adapters import BranchAdapters
 from ..model.backbone import ClipBackbone
 from ..model.build import check_levels
 from ..model.fusion import Weights
+from ..model.lightning_base import Components
 from ..model.lightning_hooks import FusionMixin
 from ..model.memory_bank import MemoryBank
 from ..model.state import Settings
@@ -120,14 +120,11 @@ class Clip(FrozenMixin, AnomalibModule):
         calibration: str = "support",
         bank_images: int = 16,
         seed: int = 0,
-        pre_processor: nn.Module | bool = True,
-        post_processor: nn.Module | bool = True,
-        evaluator: Evaluator | bool = True,
-        visualizer: Visualizer | bool = True,
+        **components: Unpack[Components],
     ) -> None:
         check_arguments(locals())
         backbone, pretrained = str(backbone), optional_text(pretrained)
-        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
+        super().__init__(image_size, **components)
         clip = ClipBackbone(backbone, pretrained, image_size, quick_gelu)
         model = FrozenModel(clip, MemoryBank(), check_levels(levels, clip.depth), normalize)
         self._init_frozen(model, calibration, seed, bank_images)

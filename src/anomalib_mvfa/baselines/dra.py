@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.data.utils import LabelName
-from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, DynamicBufferMixin, TimmFeatureExtractor
-from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
+from typing_extensions import Unpack
 
 from ..arguments import DEFAULT_PRETRAINED, check_arguments, check_bounds, documented
+from ..model.lightning_base import Components
 from .base import TrainedBaseline, drawn_from, standardise, timm_features
 
 MARGIN = 5.0  # least deviation of anomalies, in standard deviations of the prior
@@ -173,14 +173,11 @@ class Dra(TrainedBaseline, AnomalibModule):
         learning_rate: float = 2e-4,
         max_epochs: int = 30,
         seed: int = 0,
-        pre_processor: nn.Module | bool = True,
-        post_processor: nn.Module | bool = True,
-        evaluator: Evaluator | bool = True,
-        visualizer: Visualizer | bool = True,
+        **components: Unpack[Components],
     ) -> None:
         check_arguments(locals())
         check_bounds("image_size", image_size, MIN_SIZE)
-        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
+        super().__init__(image_size, **components)
         with drawn_from(seed):
             self.model = DraModel(timm_features(backbone, [-1], pre_trained, requires_grad=True), top_share)
         self.references = references

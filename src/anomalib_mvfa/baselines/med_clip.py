@@ -15,15 +15,15 @@ from typing import Any
 
 import timm
 import torch
-from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
-from anomalib.visualization import Visualizer
 from torch import nn
 from torch.nn.functional import normalize
+from typing_extensions import Unpack
 
 from ..arguments import DEFAULT_PRETRAINED, check_arguments, documented, optional_text
 from ..model.anomaly_map import to_grid, upsample
 from ..model.build import check_levels
+from ..model.lightning_base import Components
 from ..model.memory_bank import MemoryBank, nearest_distance
 from ..model.weights import RANDOM_SEED, State, fingerprint, first_line, load_state, read_state
 from .base import drawn_from
@@ -199,14 +199,11 @@ class MedClip(FrozenMixin, AnomalibModule):
         calibration: str = "support",
         bank_images: int = 16,
         seed: int = 0,
-        pre_processor: nn.Module | bool = True,
-        post_processor: nn.Module | bool = True,
-        evaluator: Evaluator | bool = True,
-        visualizer: Visualizer | bool = True,
+        **components: Unpack[Components],
     ) -> None:
         check_arguments(locals())
         backbone, pretrained = str(backbone), optional_text(pretrained)
-        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
+        super().__init__(image_size, **components)
         tower = StageBackbone(backbone, pretrained, image_size)
         model = FrozenModel(tower, StageBank(), check_levels(levels, STAGES), normalize=True)
         self._init_frozen(model, calibration, seed, bank_images)

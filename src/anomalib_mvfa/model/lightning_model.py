@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from anomalib.data import ImageBatch
@@ -10,21 +9,18 @@ from anomalib.models.components import AnomalibModule
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torchvision.transforms.v2 import Resize
+from typing_extensions import Unpack
 
 from ..arguments import DEFAULT_BACKBONE, DEFAULT_PRETRAINED, check_arguments, documented, optional_text
 from ..contract import class_name_of
 from .build import build_mvfa
 from .frozen_cache import FrozenCache
+from .lightning_base import Components
 from .lightning_hooks import FusionMixin
 from .losses import MvfaLoss
 from .prompts import Prompts
 from .state import Settings
 from .weights import load_adapters
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from .lightning_base import Components
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -159,7 +155,7 @@ class Mvfa(AdapterTrainingMixin, AnomalibModule):
         bce: str = "logits",
         upsample: str = "logits",
         seed: int = 0,
-        **components: "Unpack[Components]",
+        **components: Unpack[Components],
     ) -> None:
         check_arguments(locals())
         if zero_shot_weight == 0 and few_shot_weight == 0:
