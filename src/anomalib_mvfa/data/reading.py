@@ -54,7 +54,8 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
 def check_mask_values(path: str | Path, values: np.ndarray) -> None:
     """Raise ValueError for a mask that marks something, but by too low 8-bit values."""
     if 0 < (highest := values.max()) <= MASK_THRESHOLD:
-        msg = f"Mask {path} has values up to {highest}; above {MASK_THRESHOLD} is abnormal. Write masks with 0 and 255."
+        count = f"values up to {highest}, and only those above {MASK_THRESHOLD} count"
+        msg = f"Mask {path} has {count}. Write masks with 0 and 255."
         raise ValueError(msg)
 
 
