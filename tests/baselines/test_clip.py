@@ -82,7 +82,7 @@ def test_a_fit_is_one_epoch_that_builds_the_bank(make, few_shot, engine, monkeyp
     model, runner = make(), engine(max_epochs=3)
     before = {key: value.clone() for key, value in model.state_dict().items() if "bank" not in key}
     with caplog.at_level(logging.WARNING, logger="anomalib.mvfa"):
-        runner.fit(model, datamodule=few_shot("Chest"))
+        runner.fit(model, datamodule=few_shot("Chest", k_shot=2))
     assert caplog.text == ""
     assert (runner.trainer.current_epoch, runner.trainer.num_training_batches) == (1, 1)
     assert (model.settings.map_branch, model.settings.image_score) == ("det", "det_mean")  # there are no masks
@@ -90,7 +90,7 @@ def test_a_fit_is_one_epoch_that_builds_the_bank(make, few_shot, engine, monkeyp
     after = model.state_dict()
     changed = {key for key, value in before.items() if not torch.equal(after[key].nan_to_num(), value.nan_to_num())}
     assert all(key == "model.ranges" or key.startswith("post_processor.") for key in changed)
-    assert model.model.bank.det.shape[:2] == (4, 11 * 17)
+    assert model.model.bank.det.shape[:2] == (4, 2 * 11 * 17)
 
 
 def test_normal_images_alone_are_no_reason_to_warn(make, engine, tmp_path, caplog):

@@ -75,9 +75,6 @@ def scores(model, image):
     return model.eval()(image)
 
 
-# ---------------------------------------------------------------------- fitted models
-
-
 def test_a_checkpoint_gives_the_same_figures_and_scores(fitted, few_shot, engine):
     assert {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score"} <= set(fitted.figures)
     assert all(0 <= value <= 1 for value in fitted.figures.values())
@@ -125,6 +122,8 @@ def test_exports_give_the_same_scores_and_hold_no_images(fitted, few_shot, tmp_p
         for pixels in (view, model.pre_processor.transform(view)):
             assert pixels.numpy().tobytes()[:400] not in content
 
+    if type(model) in {Mvfa, AprilGan, Clip}:
+        return  # test_engine.py has Mvfa's graph; the others' are parts of it, but for the bank, which MedClip shows
     # By way of ONNX. Some processors compute in bfloat16 by OpenVINO's own choice.
     path = runner.export(model, "openvino", export_root=tmp_path)
     found = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(image.numpy())
@@ -172,9 +171,6 @@ def test_half_precision_of_data_without_masks(build, few_shot, engine, kind):
     assert all(0 <= value <= 1 for value in figures.values())
     floats = [value for value in model.state_dict().values() if value.is_floating_point()]
     assert all(value.dtype == torch.float32 for value in floats)
-
-
-# ---------------------------------------------------------------------- arguments
 
 
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
