@@ -334,14 +334,14 @@ def draw():
 
 
 def convert(hospital, windows):
-    """Convert scans with one window after the other, whose slices take the place of those of the one before."""
+    """Convert scans with one window after the other, each of which has a folder of its own."""
     from anomalib_mvfa import Scans
 
     folders = {"normal_dir": "healthy", "abnormal_dir": "ill", "mask_dir": "drawn"}
     found = []
     for window in windows:
         data = Scans("wards", root=hospital, pictures="datasets/wards", window=window, num_workers=0, **folders)
-        found.append([prepare(data), contents(Path("datasets/wards"))])
+        found.append([prepare(data), contents(Path(data.test_data.samples.image_path[0]).parents[1])])
     return found
 
 

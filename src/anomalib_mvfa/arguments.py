@@ -74,15 +74,10 @@ ARGUMENTS = {
         '"logits" (published) or "probabilities" (paper) are upsampled to maps.', choices=("logits", "probabilities")
     ),
     "seed": Argument("Seed of initial weights and of all random choices."),
-    "references": Argument(low=1),
     "top_share": Argument(low=0, high=1),
-    "value_weight": Argument(low=0),
-    "coupling_blocks": Argument(low=1),
-    "fiber_batch_size": Argument(low=1),
     "boundary_share": Argument(low=0, high=0.5),
-    "boundary_weight": Argument(low=0),
-    "margin": Argument(low=0),
-    "warmup_epochs": Argument(low=0),
+    **dict.fromkeys(("references", "coupling_blocks", "fiber_batch_size"), Argument(low=1)),
+    **dict.fromkeys(("value_weight", "boundary_weight", "margin", "warmup_epochs"), Argument(low=0)),
     **dict.fromkeys(
         ("pre_processor", "post_processor", "evaluator", "visualizer"),
         Argument("Anomalib's component, or whether to use the default one."),

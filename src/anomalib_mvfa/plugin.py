@@ -12,10 +12,7 @@ from types import ModuleType
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
-HOSTS = {
-    "anomalib.models": (".baselines.", ".model.lightning_model"),
-    "anomalib.data": (".data",),
-}
+HOSTS = {"anomalib.models": (".baselines.", ".model.lightning_model"), "anomalib.data": (".data",)}
 """Modules of anomalib, and ours whose public classes get short names there."""
 
 
