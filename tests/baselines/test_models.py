@@ -249,7 +249,7 @@ def test_weights_of_a_comparison_reach_the_backbone(kind, tmp_path):
 def fit_and_test(config, categories, out, processes):
     """Fit and test models in each of some processes, and save their figures and states, a file per process."""
     chest = BMADFewShot(categories, "Chest", k_shot=1, num_workers=0, train_batch_size=2 // processes)
-    normal = BrainPhantom(f"{out}-phantom-{os.environ.get('RANK')}", size=32, num_workers=0)
+    normal = BrainPhantom(f"{out}-phantom", size=32, num_workers=0)
     strategy = {"strategy": "ddp"} if processes > 1 else {}
     results = {}
     for kind, data in ((Clip, chest), (AprilGan, chest), (Mvfa, normal)):
