@@ -125,8 +125,8 @@ class FewShot(SplitDataModule):
                 grouped = f" in groups of their own (group_by={self.group_by!r})" if self.group_by else ""
                 msg = (
                     f"{argument}={count} is too large: {self.category or self.name} has {len(images)} "
-                    f"{LABELS[label][0]} validation images{grouped}. Choose at most {len(images)}, or raise the "
-                    "source's val_split_ratio, with val_split_mode='from_test'."
+                    f"{LABELS[label][0]} validation images{grouped}. Choose at most {len(images)}, or give a source "
+                    "with more (val_split_mode='from_test', val_split_ratio)."
                 )
                 raise ValueError(msg)
             chosen.append(draw(images, count, self.seed))
