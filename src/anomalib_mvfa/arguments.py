@@ -125,7 +125,7 @@ def documented(thing: _Documented) -> _Documented:
     doc = inspect.cleandoc(thing.__doc__ or "")
     constructor: Any = getattr(thing, "__init__") if isinstance(thing, type) else thing  # noqa: B009  # for mypy
     names = list(inspect.signature(constructor).parameters)
-    if "components" in names:  # anomalib's, see `Components` in model/lightning_base.py
+    if "components" in names:  # anomalib's, see AnomalibMixin
         names += ["pre_processor", "post_processor", "evaluator", "visualizer"]
     missing = [name for name in names if name in ARGUMENTS and f"\n    {name}: " not in doc]
     entries = "".join(f"    {name}: {ARGUMENTS[name].help}\n" for name in missing)

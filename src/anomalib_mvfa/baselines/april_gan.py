@@ -7,12 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from anomalib.models.components import AnomalibModule
-from typing_extensions import Unpack
 
 from ..arguments import DEFAULT_BACKBONE, DEFAULT_PRETRAINED, check_arguments, documented, optional_text
 from ..model.backbone import ClipBackbone
 from ..model.build import check_levels, new_adapters
-from ..model.lightning_base import Components
 from ..model.lightning_model import AdapterTrainingMixin
 from ..model.losses import MvfaLoss
 from ..model.memory_bank import MemoryBank
@@ -55,7 +53,7 @@ class AprilGan(AdapterTrainingMixin, AnomalibModule):
         max_epochs: int = 50,
         bank_images: int = 16,
         seed: int = 0,
-        **components: Unpack[Components],
+        **components,  # noqa: ANN003  # anomalib's, see AnomalibMixin
     ) -> None:
         check_arguments(locals())
         backbone, pretrained = str(backbone), optional_text(pretrained)

@@ -14,10 +14,8 @@ from anomalib.models.image.cflow.utils import cflow_head, get_logp, positional_e
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.nn.functional import interpolate, logsigmoid
-from typing_extensions import Unpack
 
 from ..arguments import DEFAULT_PRETRAINED, check_arguments, documented
-from ..model.lightning_base import Components
 from .base import TrainedBaseline, drawn_from, standardise, timm_features
 
 NORMALIZER = 10.0  # the authors' unit of log-likelihoods per channel, in which margins are measured
@@ -144,7 +142,7 @@ class Bgad(TrainedBaseline, AnomalibModule):
         learning_rate: float = 2e-4,
         max_epochs: int = 200,
         seed: int = 0,
-        **components: Unpack[Components],
+        **components,  # noqa: ANN003  # anomalib's, see AnomalibMixin
     ) -> None:
         check_arguments(locals())
         if condition_vector < 4 or condition_vector % 4:

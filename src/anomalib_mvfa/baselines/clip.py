@@ -11,14 +11,12 @@ import torch
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
-from typing_extensions import Unpack
 
 from ..arguments import DEFAULT_BACKBONE, DEFAULT_PRETRAINED, check_arguments, documented, optional_text
 from ..model.adapters import BranchAdapters
 from ..model.backbone import ClipBackbone
 from ..model.build import check_levels
 from ..model.fusion import Weights
-from ..model.lightning_base import Components
 from ..model.lightning_hooks import FusionMixin
 from ..model.memory_bank import MemoryBank
 from ..model.state import Settings
@@ -120,7 +118,7 @@ class Clip(FrozenMixin, AnomalibModule):
         calibration: str = "support",
         bank_images: int = 16,
         seed: int = 0,
-        **components: Unpack[Components],
+        **components,  # noqa: ANN003  # anomalib's, see AnomalibMixin
     ) -> None:
         check_arguments(locals())
         backbone, pretrained = str(backbone), optional_text(pretrained)

@@ -13,10 +13,8 @@ from anomalib.models.components import AnomalibModule, DynamicBufferMixin, TimmF
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
-from typing_extensions import Unpack
 
 from ..arguments import DEFAULT_PRETRAINED, check_arguments, check_bounds, documented
-from ..model.lightning_base import Components
 from .base import TrainedBaseline, drawn_from, standardise, timm_features
 
 MARGIN = 5.0  # least deviation of anomalies, in standard deviations of the prior
@@ -173,7 +171,7 @@ class Dra(TrainedBaseline, AnomalibModule):
         learning_rate: float = 2e-4,
         max_epochs: int = 30,
         seed: int = 0,
-        **components: Unpack[Components],
+        **components,  # noqa: ANN003  # anomalib's, see AnomalibMixin
     ) -> None:
         check_arguments(locals())
         check_bounds("image_size", image_size, MIN_SIZE)

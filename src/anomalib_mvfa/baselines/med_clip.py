@@ -18,12 +18,10 @@ import torch
 from anomalib.models.components import AnomalibModule
 from torch import nn
 from torch.nn.functional import normalize
-from typing_extensions import Unpack
 
 from ..arguments import DEFAULT_PRETRAINED, check_arguments, documented, optional_text
 from ..model.anomaly_map import to_grid, upsample
 from ..model.build import check_levels
-from ..model.lightning_base import Components
 from ..model.memory_bank import MemoryBank, nearest_distance
 from ..model.weights import RANDOM_SEED, State, fingerprint, first_line, load_state, read_state
 from .base import drawn_from
@@ -199,7 +197,7 @@ class MedClip(FrozenMixin, AnomalibModule):
         calibration: str = "support",
         bank_images: int = 16,
         seed: int = 0,
-        **components: Unpack[Components],
+        **components,  # noqa: ANN003  # anomalib's, see AnomalibMixin
     ) -> None:
         check_arguments(locals())
         backbone, pretrained = str(backbone), optional_text(pretrained)

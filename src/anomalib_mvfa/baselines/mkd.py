@@ -10,10 +10,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torch.nn.functional import cosine_similarity, max_pool2d
 from torchvision.models import get_model
-from typing_extensions import Unpack
 
 from ..arguments import DEFAULT_PRETRAINED, check_arguments, check_bounds, check_choice, documented
-from ..model.lightning_base import Components
 from .base import TrainedBaseline, loading_weights
 
 NARROW = 16  # channels of the student's convolutions that are not compared with the teacher's
@@ -137,7 +135,7 @@ class Mkd(TrainedBaseline, AnomalibModule):
         value_weight: float = 0.01,
         learning_rate: float = 1e-3,
         max_epochs: int = 50,
-        **components: Unpack[Components],
+        **components,  # noqa: ANN003  # anomalib's, see AnomalibMixin
     ) -> None:
         check_arguments(locals())
         check_bounds("image_size", image_size, MIN_SIZE)

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, ImageBatch
@@ -30,17 +30,11 @@ LIGHTNING_MAX_EPOCHS = 1000
 """What Lightning trains for when it is told nothing."""
 
 
-class Components(TypedDict, total=False):
-    """Anomalib's components of a model, or whether to use the default ones."""
-
-    pre_processor: nn.Module | bool
-    post_processor: nn.Module | bool
-    evaluator: Evaluator | bool
-    visualizer: Visualizer | bool
-
-
 class AnomalibMixin(ExportMixin):  # no AnomalibModule itself: anomalib would list it as a model
-    """Defaults that all models share; to be named before ``AnomalibModule``."""
+    """Defaults that all models share; to be named before ``AnomalibModule``.
+
+    Its arguments other than ``image_size`` are anomalib's components, which every model of ours takes.
+    """
 
     IMAGE_SIZE = 240
     """Default height and width in pixels."""

@@ -9,13 +9,11 @@ from anomalib.models.components import AnomalibModule
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torchvision.transforms.v2 import Resize
-from typing_extensions import Unpack
 
 from ..arguments import DEFAULT_BACKBONE, DEFAULT_PRETRAINED, check_arguments, documented, optional_text
 from ..contract import class_name_of
 from .build import build_mvfa
 from .frozen_cache import FrozenCache
-from .lightning_base import Components
 from .lightning_hooks import FusionMixin
 from .losses import MvfaLoss
 from .prompts import Prompts
@@ -155,7 +153,7 @@ class Mvfa(AdapterTrainingMixin, AnomalibModule):
         bce: str = "logits",
         upsample: str = "logits",
         seed: int = 0,
-        **components: Unpack[Components],
+        **components,  # noqa: ANN003  # anomalib's, see AnomalibMixin
     ) -> None:
         check_arguments(locals())
         if zero_shot_weight == 0 and few_shot_weight == 0:
