@@ -53,6 +53,15 @@ class AnomalibMixin(ExportMixin):  # no AnomalibModule itself: anomalib would li
         # Anomalib saves the constructor's arguments, and reads back plain types only.
         self.hparams.update({name: plain(value) for name, value in self.hparams.items()})
 
+    @classmethod
+    def load_from_checkpoint(cls, *args, **kwargs) -> Any:  # noqa: ANN002, ANN003, ANN401  # a model of this class
+        """Load as anomalib does; a checkpoint with other arguments is one of another model or version."""
+        try:
+            return super().load_from_checkpoint(*args, **kwargs)
+        except TypeError as error:
+            msg = f"This is no checkpoint of this version's {cls.__name__} ({error}). Fit the model anew."
+            raise RuntimeError(msg) from error
+
     # ------------------------------------------------------------------ data
 
     @property
