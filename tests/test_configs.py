@@ -241,7 +241,6 @@ def defaults(cls, without=frozenset()):
     for base in cls.__mro__:
         parameters = inspect.signature(base).parameters
         found = {**{name: parameter.default for name, parameter in parameters.items()}, **found}
-        found.pop("components", None)
         if not found.pop("kwargs", None):
             break
     return {name: default for name, default in found.items() if name not in without}

@@ -23,7 +23,6 @@ from anomalib_mvfa.compare import run
 from anomalib_mvfa.compare.job import CompareJob
 from anomalib_mvfa.data.base import SplitDataModule
 from anomalib_mvfa.model.build import build_mvfa
-from anomalib_mvfa.model.lightning_base import AnomalibMixin
 from workspace import write_workspace
 
 ROOT = Path(__file__).parents[1]
@@ -99,8 +98,7 @@ def reader(desk, monkeypatch):
     """Sit down in that folder, where everything is small by default."""
     monkeypatch.chdir(desk)
     tiny = {"backbone": str(desk / "weights" / "tiny.json"), "pretrained": str(desk / WEIGHTS)}
-    _change_defaults(monkeypatch, Mvfa.__init__, **tiny, image_size=IMAGE_SIZE, max_epochs=1)
-    _change_defaults(monkeypatch, AnomalibMixin.__init__, visualizer=False)
+    _change_defaults(monkeypatch, Mvfa.__init__, **tiny, image_size=IMAGE_SIZE, max_epochs=1, visualizer=False)
     _change_defaults(monkeypatch, build_mvfa, **tiny, image_size=IMAGE_SIZE)
     _change_defaults(monkeypatch, SplitDataModule.__init__, num_workers=0)
     _change_defaults(monkeypatch, FewShot.__init__, k_shot=1)

@@ -124,9 +124,7 @@ def documented(thing: _Documented) -> _Documented:
     """Complete the docstring of a class or function by the help of shared arguments that it does not describe."""
     doc = inspect.cleandoc(thing.__doc__ or "")
     constructor: Any = getattr(thing, "__init__") if isinstance(thing, type) else thing  # noqa: B009  # for mypy
-    names = list(inspect.signature(constructor).parameters)
-    if "components" in names:  # anomalib's, see AnomalibMixin
-        names += ["pre_processor", "post_processor", "evaluator", "visualizer"]
+    names = inspect.signature(constructor).parameters
     missing = [name for name in names if name in ARGUMENTS and f"\n    {name}: " not in doc]
     entries = "".join(f"    {name}: {ARGUMENTS[name].help}\n" for name in missing)
     before, heading, after = doc.partition("\nAttributes:\n" if "\nAttributes:\n" in doc else "\nRaises:\n")

@@ -6,7 +6,10 @@ Axes: B images, L tokens (class token first), D width of the image tower, E join
 from collections.abc import Sequence
 
 import torch
+from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
+from anomalib.visualization import Visualizer
+from torch import nn
 
 from ..arguments import DEFAULT_BACKBONE, DEFAULT_PRETRAINED, check_arguments, documented, optional_text
 from ..model.backbone import ClipBackbone
@@ -53,11 +56,14 @@ class AprilGan(AdapterTrainingMixin, AnomalibModule):
         max_epochs: int = 50,
         bank_images: int = 16,
         seed: int = 0,
-        **components,  # noqa: ANN003  # anomalib's, see AnomalibMixin
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
     ) -> None:
         check_arguments(locals())
         backbone, pretrained = str(backbone), optional_text(pretrained)
-        super().__init__(image_size, **components)
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
         clip = ClipBackbone(backbone, pretrained, image_size, quick_gelu)
         levels = check_levels(levels, clip.depth)
         seg, det = new_adapters(len(levels), clip, "linear", seed)

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
+from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, TimmFeatureExtractor
 from anomalib.models.image.cflow.utils import cflow_head, get_logp, positional_encoding_2d
+from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.nn.functional import interpolate, logsigmoid
@@ -142,13 +144,16 @@ class Bgad(TrainedBaseline, AnomalibModule):
         learning_rate: float = 2e-4,
         max_epochs: int = 200,
         seed: int = 0,
-        **components,  # noqa: ANN003  # anomalib's, see AnomalibMixin
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
     ) -> None:
         check_arguments(locals())
         if condition_vector < 4 or condition_vector % 4:
             msg = f"condition_vector={condition_vector} must be a multiple of 4: sine and cosine of two coordinates."
             raise ValueError(msg)
-        super().__init__(image_size, **components)
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
         self.automatic_optimization = False  # several steps a batch
         with drawn_from(seed):
             features = timm_features(backbone, layers, pre_trained)

@@ -8,7 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
+from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
@@ -118,11 +120,14 @@ class Clip(FrozenMixin, AnomalibModule):
         calibration: str = "support",
         bank_images: int = 16,
         seed: int = 0,
-        **components,  # noqa: ANN003  # anomalib's, see AnomalibMixin
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
     ) -> None:
         check_arguments(locals())
         backbone, pretrained = str(backbone), optional_text(pretrained)
-        super().__init__(image_size, **components)
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
         clip = ClipBackbone(backbone, pretrained, image_size, quick_gelu)
         model = FrozenModel(clip, MemoryBank(), check_levels(levels, clip.depth), normalize)
         self._init_frozen(model, calibration, seed, bank_images)

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.data.utils import LabelName
+from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, DynamicBufferMixin, TimmFeatureExtractor
+from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
@@ -171,11 +173,14 @@ class Dra(TrainedBaseline, AnomalibModule):
         learning_rate: float = 2e-4,
         max_epochs: int = 30,
         seed: int = 0,
-        **components,  # noqa: ANN003  # anomalib's, see AnomalibMixin
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
     ) -> None:
         check_arguments(locals())
         check_bounds("image_size", image_size, MIN_SIZE)
-        super().__init__(image_size, **components)
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
         with drawn_from(seed):
             self.model = DraModel(timm_features(backbone, [-1], pre_trained, requires_grad=True), top_share)
         self.references = references

@@ -15,7 +15,9 @@ from typing import Any
 
 import timm
 import torch
+from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
+from anomalib.visualization import Visualizer
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -197,11 +199,14 @@ class MedClip(FrozenMixin, AnomalibModule):
         calibration: str = "support",
         bank_images: int = 16,
         seed: int = 0,
-        **components,  # noqa: ANN003  # anomalib's, see AnomalibMixin
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
     ) -> None:
         check_arguments(locals())
         backbone, pretrained = str(backbone), optional_text(pretrained)
-        super().__init__(image_size, **components)
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
         tower = StageBackbone(backbone, pretrained, image_size)
         model = FrozenModel(tower, StageBank(), check_levels(levels, STAGES), normalize=True)
         self._init_frozen(model, calibration, seed, bank_images)

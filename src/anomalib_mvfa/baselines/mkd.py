@@ -5,7 +5,9 @@ Axes: B images, H = W image size.
 
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
+from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, GaussianBlur2d
+from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torch.nn.functional import cosine_similarity, max_pool2d
@@ -135,12 +137,15 @@ class Mkd(TrainedBaseline, AnomalibModule):
         value_weight: float = 0.01,
         learning_rate: float = 1e-3,
         max_epochs: int = 50,
-        **components,  # noqa: ANN003  # anomalib's, see AnomalibMixin
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
     ) -> None:
         check_arguments(locals())
         check_bounds("image_size", image_size, MIN_SIZE)
         check_choice("backbone", backbone, ["vgg11", "vgg13", "vgg16", "vgg19"])
-        super().__init__(image_size, **components)
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
         with loading_weights(backbone):
             teacher = get_model(backbone, weights="DEFAULT" if pre_trained else None).features
         self.model = MkdModel(teacher, value_weight)

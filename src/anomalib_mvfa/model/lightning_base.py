@@ -31,10 +31,7 @@ LIGHTNING_MAX_EPOCHS = 1000
 
 
 class AnomalibMixin(ExportMixin):  # no AnomalibModule itself: anomalib would list it as a model
-    """Defaults that all models share; to be named before ``AnomalibModule``.
-
-    Its arguments other than ``image_size`` are anomalib's components, which every model of ours takes.
-    """
+    """Defaults that all models share; to be named before ``AnomalibModule``."""
 
     IMAGE_SIZE = 240
     """Default height and width in pixels."""
@@ -42,25 +39,16 @@ class AnomalibMixin(ExportMixin):  # no AnomalibModule itself: anomalib would li
     def __init__(
         self,
         image_size: int | None,
-        pre_processor: nn.Module | bool = True,
-        post_processor: nn.Module | bool = True,
-        evaluator: Evaluator | bool = True,
-        visualizer: Visualizer | bool = True,
+        pre_processor: nn.Module | bool,
+        post_processor: nn.Module | bool,
+        evaluator: Evaluator | bool,
+        visualizer: Visualizer | bool,
     ) -> None:
         if pre_processor is True and image_size is not None:
             pre_processor = self.configure_pre_processor((image_size, image_size))
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         # Anomalib saves the constructor's arguments, and reads back plain types only.
         self.hparams.update({name: plain(value) for name, value in self.hparams.items()})
-
-    @classmethod
-    def load_from_checkpoint(cls, *args, **kwargs) -> Any:  # noqa: ANN002, ANN003, ANN401  # a model of this class
-        """Load as anomalib does; a checkpoint with other arguments is one of another model or version."""
-        try:
-            return super().load_from_checkpoint(*args, **kwargs)
-        except TypeError as error:
-            msg = f"This is no checkpoint of this version's {cls.__name__} ({error}). Fit the model anew."
-            raise RuntimeError(msg) from error
 
     # ------------------------------------------------------------------ data
 

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 import torch
 from anomalib.data import ImageBatch
+from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
+from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torchvision.transforms.v2 import Resize
@@ -153,14 +155,17 @@ class Mvfa(AdapterTrainingMixin, AnomalibModule):
         bce: str = "logits",
         upsample: str = "logits",
         seed: int = 0,
-        **components,  # noqa: ANN003  # anomalib's, see AnomalibMixin
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
     ) -> None:
         check_arguments(locals())
         if zero_shot_weight == 0 and few_shot_weight == 0:
             msg = "zero_shot_weight and few_shot_weight are both 0; one branch at least must have weight."
             raise ValueError(msg)
         prompts = Prompts.given(normal_states=normal_states, abnormal_states=abnormal_states, templates=templates)
-        super().__init__(image_size, **components)
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
         model = build_mvfa(
             str(backbone),
             optional_text(pretrained),
