@@ -1,15 +1,17 @@
-"""What a comparison leaves behind: one folder per job, written atomically.
+"""What a comparison leaves behind: one folder per job, replaced as a whole once the job has ended.
 
 .. code-block:: text
 
-    RUN/config.yaml              the comparison, as it was asked for last
-    RUN/jobs/<job>/row.json      the job's row; the last file that is written
-    RUN/jobs/<job>/scores.npz    what every test image scored, see `anomalib_mvfa.compare.bootstrap.Scores`
-    RUN/jobs/<job>/pictures.npz  some test images and their maps, see `Pictures`
-    RUN/jobs/<job>/features.npz  features with and without adapters, see `Features`; of MVFA only
+    RUN/config.yaml              the comparison, as it was last run
+    RUN/jobs/<job>/result.json   a :class:`JobResult`, written last
+    RUN/jobs/<job>/scores.csv    every test image: image, label, score and predicted (whether above the threshold)
+    RUN/jobs/<job>/pixels.npz    counts (N, 2, bins): normal and abnormal pixels of each image in bins of rising scores
+    RUN/jobs/<job>/pictures.npz  some test images and their maps, see `recorders.PictureRecorder`
+    RUN/jobs/<job>/features.npz  features with and without adapters, see `recorders.FeatureRecorder`; of MVFA only
     RUN/jobs/<job>/error.txt     the traceback of a job that failed
     RUN/logs/<job>.log           what the job printed
-    RUN/superseded/              folders of jobs that have been asked for otherwise since
+    RUN/superseded/              folders of jobs that something has changed for since
+    RUN/report/                  the HTML report and its tables
 """
 
 import json
@@ -18,38 +20,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ..io import explain_full_disk
-from .bootstrap import read_arrays
 
 
 @dataclass
-class Row:
-    """A finished or failed job.
+class JobResult:
+    """How a job ended.
 
     Args:
-        method: Its name in the comparison.
-        protocol: What it learns from: "full_normal", "few_normal", "few_shot", "leave_one_out" or "zero_shot".
+        method: Name in the comparison.
+        protocol: What the method learns from, see :class:`~anomalib_mvfa.compare.config.Method`.
         category: What is tested.
-        k_shot: K, or None where the protocol has no shots.
+        k_shot: K, None where the protocol has no shots.
         seed: Seed of draws, orders and initial weights.
         job: Name of the job's folder.
-        digest: Digest of the job's configuration; a job with another digest is another job.
-        config: The same in full.
-        error: What went wrong, in one line; None for a finished job.
+        status: An interrupted job has no error; it is run again like a failed one.
+        error: What went wrong, in one line.
+        digest: SHA-256 of ``depends_on``.
+        depends_on: All that the numbers depend on, see :meth:`~anomalib_mvfa.compare.job.Job.depends_on`.
         metrics: Values in [0, 1] by anomalib's names, such as "image_AUROC"; no pixel metrics without masks.
         images: How many images "train", "validate" and "test".
-        train_set: Digest of the contents of images that were learnt from, with their labels and masks; of few-shot,
-            that is the support.
-        test_set: The same of the tested ones: rows with different ones can't be compared.
+        test_set: Digest of the tested images, labels and masks: results with different ones can't be compared.
+        epochs: Epochs of training.
+        selected_epoch: The epoch chosen on the test images, which makes the metrics optimistic; None for the last one.
         random_weights: Whether the frozen backbone's weights are random, so that scores mean nothing clinically.
         weights: Name of the file that the backbone's weights came from, or what the model takes by itself.
-        seconds: "fit", and "image", to score one test image.
+        seconds: "job", "fit", and "image", to score one test image.
         parameters: "all" of the model's, and those "trained".
-        memory_mb: Largest memory of the process (CPU) or on the device (GPU) while the job ran, in 2**20 bytes.
+        memory_mb: Largest memory of the process (CPU) or on the device (GPU), in 2**20 bytes.
         device: Name of the device.
         commit: Commit of this package, where it runs from a checkout.
         versions: Versions of the packages that results depend on.
@@ -62,13 +64,15 @@ class Row:
     k_shot: int | None
     seed: int
     job: str
-    digest: str
-    config: dict[str, Any] = field(default_factory=dict)
+    status: Literal["finished", "failed", "interrupted"] = "finished"
     error: str | None = None
+    digest: str | None = None
+    depends_on: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     images: dict[str, int] = field(default_factory=dict)
-    train_set: str | None = None
     test_set: str | None = None
+    epochs: int | None = None
+    selected_epoch: int | None = None
     random_weights: bool = False
     weights: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -79,71 +83,14 @@ class Row:
     versions: dict[str, str] = field(default_factory=dict)
     date: str | None = None
 
+    @property
+    def finished(self) -> bool:
+        """Whether there are numbers."""
+        return self.status == "finished"
 
-@dataclass
-class Pictures:
-    """Some test images, the same ones for every method, and the maps that a method made of them.
-
-    Axes: M images, S side in pixels, l levels.
-
-    Args:
-        paths: Paths of the images (M,).
-        labels: 1 where abnormal (M,).
-        images: 8-bit RGB ``(M, S, S, 3)``.
-        masks: 8-bit, above 0 where abnormal ``(M, S, S)``; None for data without masks.
-        maps: The method's own scores ``(M, S, S)``, higher is more abnormal; only their order is comparable.
-        levels: Blocks of the backbone that have maps of their own (l,); empty for methods without levels.
-        level_maps: Their maps ``(M, l, S, S)``.
-    """
-
-    paths: list[str]
-    labels: list[int]
-    images: np.ndarray
-    masks: np.ndarray | None
-    maps: np.ndarray
-    levels: list[int]
-    level_maps: np.ndarray
-
-    def save(self, path: Path) -> None:
-        """Write to an ``.npz`` file."""
-        _save(path, asdict(self))
-
-    @classmethod
-    def load(cls, path: Path) -> "Pictures":
-        """Read what :meth:`save` wrote."""
-        saved = read_arrays(path)
-        for name in ("paths", "labels", "levels"):
-            saved[name] = saved[name].tolist()
-        return cls(**{"masks": None, **saved})
-
-
-@dataclass
-class Features:
-    """Image features of the det branch, means over patches, all levels side by side (paper, Figure 6).
-
-    Args:
-        labels: 1 where abnormal (N,).
-        frozen: Features of the frozen image tower ``(N, l * D)``.
-        adapted: Features of the trained adapters ``(N, l * E)``.
-    """
-
-    labels: np.ndarray
-    frozen: np.ndarray
-    adapted: np.ndarray
-
-    def save(self, path: Path) -> None:
-        """Write to an ``.npz`` file."""
-        _save(path, asdict(self))
-
-    @classmethod
-    def load(cls, path: Path) -> "Features":
-        """Read what :meth:`save` wrote."""
-        return cls(**read_arrays(path))
-
-
-def _save(path: Path, arrays: dict[str, Any]) -> None:
-    kept: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
-    np.savez_compressed(path, **kept)
+    def write(self, folder: Path) -> None:
+        """Write ``result.json`` into a folder."""
+        (folder / "result.json").write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
 
 
 def job_folder(run: Path, job: str) -> Path:
@@ -151,30 +98,50 @@ def job_folder(run: Path, job: str) -> Path:
     return run / "jobs" / job
 
 
-def read_row(run: Path, job: str) -> Row | None:
-    """Return a job's row, or None if it has not ended."""
-    path = job_folder(run, job) / "row.json"
+def read_result(run: Path, job: str) -> JobResult | None:
+    """Return a job's result, None if it has not ended.
+
+    Raises:
+        ValueError: The file is corrupt.
+    """
+    path = job_folder(run, job) / "result.json"
     if not path.is_file():
         return None
     try:
-        return Row(**json.loads(path.read_text("utf-8")))
+        return JobResult(**json.loads(path.read_text("utf-8")))
     except (ValueError, TypeError) as error:
-        msg = f"{path} is no row of a job ({error}). Remove its folder, and the job is run again."
+        msg = f"{path} is no result of a job ({error}). Remove its folder, and the job is run again."
         raise ValueError(msg) from error
 
 
-def read_rows(run: Path) -> list[Row]:
-    """Return the rows of all jobs that have ended, sorted by job."""
+def read_results(run: Path) -> list[JobResult]:
+    """Return the results of all jobs that have ended, sorted by job."""
     jobs = sorted(path.name for path in (run / "jobs").glob("[!.]*"))  # those with a dot were cut short
-    return [row for row in (read_row(run, job) for job in jobs) if row is not None]
+    return [result for result in (read_result(run, job) for job in jobs) if result is not None]
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read the arrays of an ``.npz`` file of a job.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is corrupt.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return dict(saved)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever NumPy and zipfile raise on a corrupt file
+        msg = f"{path} cannot be read; it may be cut short. Remove its folder, and the job is run again."
+        raise ValueError(msg) from error
 
 
 @contextmanager
 def writing(run: Path, job: str) -> Iterator[Path]:
     """Yield a folder for a job's files; it replaces the job's folder once it is complete."""
-    partial = job_folder(run, f".{job}.partial")
+    partial, target = job_folder(run, f".{job}.partial"), job_folder(run, job)
     shutil.rmtree(partial, ignore_errors=True)
-    target = job_folder(run, job)
     try:
         with explain_full_disk(target):
             partial.mkdir(parents=True)
@@ -186,14 +153,9 @@ def writing(run: Path, job: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def supersede(run: Path, row: Row) -> None:
-    """Move a job's folder away, for a job of the same name with another configuration."""
-    target = run / "superseded" / f"{row.job}-{row.digest[:8]}"
+def supersede(run: Path, result: JobResult) -> None:
+    """Move a job's folder away, for a job of the same name that depends on something else."""
+    target = run / "superseded" / f"{result.job}-{(result.digest or 'unknown')[:8]}"
     target.parent.mkdir(exist_ok=True)
     shutil.rmtree(target, ignore_errors=True)
-    job_folder(run, row.job).replace(target)
-
-
-def write_row(folder: Path, row: Row) -> None:
-    """Write a job's row into its folder."""
-    (folder / "row.json").write_text(json.dumps(asdict(row), indent=2) + "\n", "utf-8")
+    job_folder(run, result.job).replace(target)
