@@ -29,8 +29,8 @@ ARGUMENTS = {
         'random weights. ``ANOMALIB_MVFA_PRETRAINED`` sets the default ("null" for None).'
     ),
     "pre_trained": Argument(
-        "Whether to use published weights in place of random ones; the default is True unless the environment variable "
-        '``ANOMALIB_MVFA_PRETRAINED`` is "null".'
+        "True for published weights, the default unless the environment variable ``ANOMALIB_MVFA_PRETRAINED`` is "
+        '"null"; or the path of a state dict (.pt, .pth, .safetensors); or False for seeded random weights.'
     ),
     "image_size": Argument("Height and width in pixels to which images are resized, whatever their aspect ratio."),
     "levels": Argument("Blocks (from 1) whose output is adapted or compared; the quarter points by default."),

@@ -42,16 +42,30 @@ def attach(host: ModuleType) -> None:
         host.ALLOWED_MODULES.add(package.__name__)
 
 
-COMMANDS = {"compare": "compare.run", "repeat": "compare.repeat", "report": "compare.report"}
-"""Commands of this package, and the modules whose ``main`` runs them."""
+COMMANDS = {
+    "compare": "Train and test several methods on the same images, and report.",
+    "report": "Write a comparison's report anew.",
+    "repeat": "Train and test one model with several seeds, and report.",
+}
+"""Commands of this package beside anomalib's, which :mod:`anomalib_mvfa.compare.cli` runs."""
 
 
 def main() -> int | None:
     """Run anomalib's command line with MVFA registered, or a command of our own; return the exit code, if any."""
     register()
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
-        return import_module(f".{COMMANDS[sys.argv[1]]}", __package__).main(sys.argv[2:])
-    from anomalib.cli.cli import main as anomalib_main
+        return import_module(".compare.cli", __package__).main(sys.argv[1], sys.argv[2:])
+    from anomalib.cli.cli import AnomalibCLI
+    from anomalib.loggers import configure_logger
 
-    anomalib_main()
+    class Cli(AnomalibCLI):
+        """Anomalib's command line, whose help names our commands too."""
+
+        def add_subcommands(self, **kwargs) -> None:  # noqa: ANN003  # anomalib's
+            super().add_subcommands(**kwargs)
+            commands = "".join(f"\n  {name:8} {text}" for name, text in COMMANDS.items())
+            self.parser.epilog = f"commands of anomalib-mvfa:{commands}"
+
+    configure_logger()
+    Cli()
     return None

@@ -6,8 +6,10 @@ Axes: B images, H = W image size.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 from anomalib.models.components import TimmFeatureExtractor
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -15,7 +17,7 @@ from torchvision.transforms.v2.functional import normalize
 
 from ..contract import describe
 from ..model.lightning_base import AnomalibMixin, plan_epochs
-from ..model.weights import first_line
+from ..model.weights import RANDOM_SEED, State, first_line, read_state
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -52,16 +54,71 @@ def standardise(image: torch.Tensor) -> torch.Tensor:
 
 
 def timm_features(
-    backbone: str, layers: Sequence[str | int], pre_trained: bool, requires_grad: bool = False
+    backbone: str, layers: Sequence[str | int], pre_trained: bool | str, requires_grad: bool = False
 ) -> TimmFeatureExtractor:
     """Return anomalib's extractor of a convolutional network's features, at layers by timm's names or numbers."""
     with loading_weights(backbone):
-        extractor = TimmFeatureExtractor(backbone, list(layers), pre_trained, requires_grad)
-    if len(extractor.idx) != len(layers):  # anomalib leaves the others out, with a warning
-        names = [info["module"] for info in extractor.feature_extractor.feature_info.info]
-        msg = f"layers={list(layers)} are not all layers of {backbone}, which has {', '.join(names)}."
-        raise ValueError(msg)
+        extractor = TimmFeatureExtractor(backbone, list(layers), pre_trained is True, requires_grad)
+    check_layers(extractor, layers)
+    if pre_trained is not True:
+        fill_extractor(extractor, pre_trained or None)
     return extractor
+
+
+def check_layers(extractor: TimmFeatureExtractor, layers: Sequence[str | int]) -> None:
+    """Raise ValueError if an extractor lacks layers: anomalib leaves unknown ones out, with a warning."""
+    if len(extractor.idx) != len(layers):
+        names = [info["module"] for info in extractor.feature_extractor.feature_info.info]
+        msg = f"layers={list(layers)} are not all layers of {extractor.backbone}, which has {', '.join(names)}."
+        raise ValueError(msg)
+
+
+def fill_extractor(extractor: TimmFeatureExtractor, path: str | None) -> None:
+    """Give an extractor the weights of a file in timm's form, or seeded random ones where there is none.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no state dict, or does not fit.
+    """
+    features = {"features_only": True, "exportable": True, "out_indices": extractor.idx}
+    arguments = {"dynamic_img_size": True} if extractor._uses_intermediates else features  # noqa: SLF001  # as it was built
+    if path is None:
+        with drawn_from(RANDOM_SEED):
+            network = timm.create_model(extractor.backbone, **arguments)
+    else:
+        overlay = {"state_dict": _headless_state(extractor.backbone, path), "classifier": None, "num_classes": 0}
+        try:
+            # The whole network first: where only features are wanted, timm takes any file, and loads of it what fits.
+            timm.create_model(extractor.backbone, pretrained=True, pretrained_cfg_overlay=overlay)
+        except Exception as error:  # noqa: BLE001  # timm's converters raise whatever a strange file makes them
+            msg = (
+                f"The weights {path!r} do not fit the backbone {extractor.backbone} ({first_line(error)}). Name the "
+                "backbone that the file was made for, or another file."
+            )
+            raise ValueError(msg) from None
+        network = timm.create_model(extractor.backbone, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    extractor.feature_extractor.load_state_dict(network.state_dict())
+
+
+def _headless_state(backbone: str, path: str) -> State:
+    """Read a state dict without its classifier, of which files may have another one or none."""
+    state = read_state(checked_path(path))
+    config = timm.get_pretrained_cfg(backbone)
+    head = (config and config.classifier) or ()
+    heads = tuple(f"{part}." for part in ((head,) if isinstance(head, str) else head))
+    return {key: value for key, value in state.items() if not key.startswith(heads)}
+
+
+def checked_path(path: str) -> Path:
+    """Return a path; raise FileNotFoundError if there is no such file."""
+    found = Path(path).expanduser()
+    if not found.is_file():
+        msg = (
+            f"weights={path!r}: there is no such file. Give the path of a state dict (.pt, .pth, .safetensors); or null "
+            "in a comparison, pre_trained=false in a model, for random weights."
+        )
+        raise FileNotFoundError(msg)
+    return found
 
 
 @contextmanager
@@ -72,7 +129,7 @@ def loading_weights(backbone: str) -> Iterator[None]:
     except OSError as error:
         msg = (
             f"The weights of {backbone} could not be loaded ({first_line(error)}). Options: run once with a network; "
-            "name a file in the `weights` of a comparison; or pre_trained=false for random weights, to try it out."
+            "give the path of a state dict as pre_trained; or pre_trained=false for random weights, to try it out."
         )
         raise RuntimeError(msg) from error
 

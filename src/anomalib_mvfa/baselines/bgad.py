@@ -131,7 +131,7 @@ class Bgad(TrainedBaseline, AnomalibModule):
         self,
         backbone: str = "tf_efficientnet_b6",
         layers: Sequence[str] = ("blocks.1", "blocks.2", "blocks.4"),
-        pre_trained: bool = DEFAULT_PRETRAINED is not None,
+        pre_trained: bool | str = DEFAULT_PRETRAINED is not None,
         image_size: int = IMAGE_SIZE,
         condition_vector: int = 128,
         coupling_blocks: int = 8,

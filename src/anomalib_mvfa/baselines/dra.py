@@ -166,7 +166,7 @@ class Dra(TrainedBaseline, AnomalibModule):
     def __init__(
         self,
         backbone: str = "resnet18",
-        pre_trained: bool = DEFAULT_PRETRAINED is not None,
+        pre_trained: bool | str = DEFAULT_PRETRAINED is not None,
         image_size: int = IMAGE_SIZE,
         references: int = 5,
         top_share: float = 0.1,

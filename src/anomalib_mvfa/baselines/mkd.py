@@ -14,7 +14,8 @@ from torch.nn.functional import cosine_similarity, max_pool2d
 from torchvision.models import get_model
 
 from ..arguments import DEFAULT_PRETRAINED, check_arguments, check_bounds, check_choice, documented
-from .base import TrainedBaseline, loading_weights
+from ..model.weights import RANDOM_SEED, load_state, read_state
+from .base import TrainedBaseline, checked_path, drawn_from, loading_weights
 
 NARROW = 16  # channels of the student's convolutions that are not compared with the teacher's
 SCORED = 3  # number of blocks, the last ones, that make up a score; in training the second one counts too
@@ -132,7 +133,7 @@ class Mkd(TrainedBaseline, AnomalibModule):
     def __init__(
         self,
         backbone: str = "vgg16",
-        pre_trained: bool = DEFAULT_PRETRAINED is not None,
+        pre_trained: bool | str = DEFAULT_PRETRAINED is not None,
         image_size: int = IMAGE_SIZE,
         value_weight: float = 0.01,
         learning_rate: float = 1e-3,
@@ -146,9 +147,11 @@ class Mkd(TrainedBaseline, AnomalibModule):
         check_bounds("image_size", image_size, MIN_SIZE)
         check_choice("backbone", backbone, ["vgg11", "vgg13", "vgg16", "vgg19"])
         super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
-        with loading_weights(backbone):
-            teacher = get_model(backbone, weights="DEFAULT" if pre_trained else None).features
-        self.model = MkdModel(teacher, value_weight)
+        with loading_weights(backbone), drawn_from(RANDOM_SEED):
+            teacher = get_model(backbone, weights="DEFAULT" if pre_trained is True else None)
+        if isinstance(pre_trained, str):
+            load_state(teacher, read_state(checked_path(pre_trained)), backbone, pre_trained)
+        self.model = MkdModel(teacher.features, value_weight)
         self.learning_rate = learning_rate
         self.max_epochs = max_epochs
 

@@ -61,8 +61,9 @@ def read_state(path: Path, trusted_archives: Collection[str] = ()) -> State:
             ".safetensors file, and complete: compare its size with the source's."
         )
         raise ValueError(msg) from error
-    if isinstance(state, dict) and "state_dict" in state:
-        state = state["state_dict"]
+    for key in ("state_dict", "model"):  # in checkpoints of Lightning and timm
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
     if not _is_state_dict(state):
         msg = f"pretrained={str(path)!r} holds no state dict: a mapping from parameter names to tensors is expected."
         raise ValueError(msg)

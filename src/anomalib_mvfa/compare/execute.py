@@ -1,0 +1,183 @@
+"""Runs one job in a process of its own: ``python -m anomalib_mvfa.compare.execute RUN JOB``.
+
+Anomalib's engine trains and tests; callbacks keep what the report shows. The exit code is 0 once a result is written, be
+it a failure; a process that is told to end (SIGTERM) leaves none.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from argparse import ArgumentParser
+from datetime import datetime, timezone
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from anomalib.callbacks import ModelCheckpoint
+from anomalib.engine import Engine
+from lightning import seed_everything
+
+from ..callbacks import ADVICE, is_out_of_memory
+from ..io import commit, dataset_digest, device_name, versions
+from ..metrics.evaluator import default_evaluator
+from ..model.export import OrderKeepingPostProcessor
+from .config import Comparison
+from .job import Job, digest_of, identify, jobs_of
+from .models import build_model
+from .recorders import FeatureRecorder, PictureRecorder, ScoreRecorder, Stopwatch, peak_memory
+from .results import JobResult, writing
+
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
+
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code after SIGTERM, as shells have it."""
+PARTS = {"train": "train_data", "validate": "val_data", "test": "test_data"}
+
+
+def execute(job: Job, run: Path, gpu: int | None = None) -> JobResult:
+    """Train and test, and write the job's folder; a failure is a result too.
+
+    Args:
+        job: What to do.
+        run: Folder of the comparison.
+        gpu: Index of the GPU, by default the first that there is.
+    """
+    commit()  # of what is loaded now
+    try:
+        with writing(run, job.folder) as folder:
+            result = _train_and_test(job, folder, gpu)
+            result.write(folder)
+    except Exception as error:  # whatever a model or its data raise is this job's result
+        logger.exception("%s failed.", job.folder)
+        advice = f" {ADVICE}" if is_out_of_memory(error) else ""
+        message = " ".join(f"{type(error).__name__}: {error}{advice}".split())
+        result = write_failure(job, run, message, traceback.format_exc())
+    return result
+
+
+def write_failure(job: Job, run: Path, message: str, details: str = "", status: Any = "failed") -> JobResult:  # noqa: ANN401
+    """Write the result of a job that has failed or was interrupted.
+
+    Args:
+        job: The job.
+        run: Folder of the comparison.
+        message: What went wrong, in one line; none if it was interrupted.
+        details: The traceback.
+        status: "failed" or "interrupted".
+    """
+    result = job.result(status=status, error=message if status == "failed" else None, date=_now())
+    with writing(run, job.folder) as folder:
+        if status == "failed":
+            (folder / "error.txt").write_text(details or message, "utf-8")
+        result.write(folder)
+    return result
+
+
+def _train_and_test(job: Job, folder: Path, gpu: int | None) -> JobResult:
+    start = time.perf_counter()
+    depends_on = identify([job])[job.folder]
+    seed_everything(job.seed, workers=True, verbose=False)
+    datamodule: Any = job.datamodule()
+    defaults = job.model_defaults(getattr(datamodule, "class_name", None))
+    model, origin = build_model(job.method.model, job.weights, **defaults)
+    model.post_processor = OrderKeepingPostProcessor()
+    model.evaluator = default_evaluator()
+    model.visualizer = None
+
+    watch, scores, pictures, features = Stopwatch(), ScoreRecorder(), PictureRecorder(), FeatureRecorder()
+    select, epoch = job.comparison.select_epoch_on_test, None
+    with TemporaryDirectory() as scratch:
+        every_epoch = ModelCheckpoint(scratch, filename="{epoch}", save_top_k=-1)
+        engine = Engine(
+            callbacks=[watch, scores, pictures, features, *([every_epoch] if select else [])],
+            logger=False,
+            default_root_dir=scratch,
+            accelerator=job.comparison.accelerator,
+            devices=1 if gpu is None else [gpu],
+            **{"enable_progress_bar": False, "enable_model_summary": False, **job.method.trainer},
+        )
+        (tested,) = engine.train(model, datamodule=datamodule)
+        trainer: Any = engine.trainer  # Lightning sets some attributes where type checkers do not see them
+        epochs = trainer.current_epoch
+        trained = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+        if select:
+            epoch, tested = _best_epoch(engine, model, datamodule, Path(scratch))
+
+    threshold = getattr(model.post_processor, "image_threshold", None)
+    scores.save(folder, None if threshold is None or threshold.isnan() else float(threshold))
+    pictures.save(folder, datamodule.test_data.samples)
+    features.save(folder)
+    device = trainer.strategy.root_device
+    return job.result(
+        digest=digest_of(depends_on),
+        depends_on=depends_on,
+        metrics={name: float(value) for name, value in tested.items() if name.startswith(("image_", "pixel_"))},
+        images={name: len(getattr(datamodule, part, None) or ()) for name, part in PARTS.items()},
+        test_set=dataset_digest(datamodule.test_data),
+        epochs=epochs,
+        selected_epoch=epoch,
+        random_weights=origin.is_random,
+        weights=origin.name,
+        seconds={
+            "job": time.perf_counter() - start,
+            "fit": watch.fit,
+            "image": watch.test / max(len(scores.kept["paths"]), 1),
+        },
+        parameters={
+            "all": sum(parameter.numel() for parameter in model.parameters()),
+            "trained": sum(parameter.numel() for parameter in trained),
+        },
+        memory_mb=peak_memory(device),
+        device=device_name(device),
+        commit=commit(),
+        versions=versions(),
+        date=_now(),
+    )
+
+
+def _best_epoch(engine: Engine, model: Any, datamodule: Any, folder: Path) -> tuple[int, Any]:  # noqa: ANN401
+    """Return the epoch with the best image plus pixel AUROC on the test images, and its metrics: the published choice."""
+
+    def test(path: Path) -> Any:  # noqa: ANN401  # Lightning's metrics
+        return engine.test(model=model, datamodule=datamodule, ckpt_path=path, verbose=False)[0]
+
+    def quality(path: Path) -> float:
+        tested = test(path)
+        return sum(tested.get(name, 0.0) for name in ("image_AUROC", "pixel_AUROC"))
+
+    paths = {int(path.stem.split("=")[1]) + 1: path for path in folder.glob("epoch=*.ckpt")}
+    best = max(sorted(paths), key=lambda epoch: quality(paths[epoch]))
+    return best, test(paths[best])  # again, so that the recorders hold this epoch's scores
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent ends, even if that is killed."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the job of this name in a comparison's folder; return the exit code."""
+    parser = ArgumentParser(prog="python -m anomalib_mvfa.compare.execute")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("job")
+    parser.add_argument("--gpu", type=int)
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # Lightning's own handler calls this one too
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    jobs = {job.folder: job for job in jobs_of(Comparison.load(options.run / "config.yaml"))}
+    execute(jobs[options.job], options.run, options.gpu)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

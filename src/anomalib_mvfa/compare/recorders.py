@@ -1,0 +1,260 @@
+"""Callbacks that keep what a report shows of a test: times, scores, pictures and features.
+
+A trainer's callbacks run before the model's, so scores and maps are the model's own, not yet post-processed.
+
+Axes: N images, M pictures, S side in pixels, l levels.
+"""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anomalib.data import ImageBatch
+from anomalib.data.utils import LabelName
+from lightning.pytorch import Callback
+from PIL import Image
+from torch.nn.functional import interpolate
+
+from ..data.reading import read_image, read_mask
+from ..data.support import draw
+from ..metrics.pixel_metrics import count
+from ..model.fusion import fuse
+from ..model.torch_model import BranchScores, MvfaModel
+
+PIXEL_BINS = 1024
+"""Number of bin edges for pixel counts; the metric itself uses finer bins. Half of the edges are evenly spaced, and half
+are quantiles of the first batch, since scores may fill a small part of [0, 1]."""
+SIDE = 160
+"""Height and width of saved pictures and maps in pixels."""
+PICTURED = {LabelName.NORMAL: 1, LabelName.ABNORMAL: 3}
+"""How many normal and abnormal test images the report shows."""
+FEATURE_IMAGES = 50
+"""How many normal, and how many abnormal test images give features."""
+
+
+class Recorder(Callback):
+    """Keeps what :meth:`look` makes of each test batch; of chosen images only where ``counts`` are given.
+
+    Args:
+        counts: How many normal and abnormal images to choose, the same ones for every method; all by default.
+    """
+
+    def __init__(self, counts: Mapping[LabelName, int] | None = None) -> None:
+        self._counts = counts
+        self.kept: dict[str, list[Any]] = {}
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401  # Lightning's
+        """Forget earlier tests, and choose images."""
+        del pl_module
+        self.kept, self.chosen = {}, None
+        if self._counts is not None:
+            samples = trainer.datamodule.test_data.samples
+            of_kind = {kind: samples[samples.label_index == kind] for kind in self._counts}
+            self.chosen = {path for kind, n in self._counts.items() for path in draw(of_kind[kind], n, seed=0).image_path}
+
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: ImageBatch, *args: Any) -> None:  # noqa: ANN401
+        """Look at the images of a batch."""
+        del trainer, outputs, args
+        paths = batch.image_path or []
+        rows = [row for row, path in enumerate(paths) if self.chosen is None or path in self.chosen]
+        if rows:
+            with torch.no_grad():
+                found = self.look(pl_module.model, batch, rows)
+            for name, values in {"paths": [paths[row] for row in rows], **found}.items():
+                self.kept.setdefault(name, []).extend(values)
+
+    def look(self, model: Any, batch: ImageBatch, rows: Sequence[int]) -> dict[str, Any]:  # noqa: ANN401  # any torch model
+        """Return values of these rows of a batch by name, one for each row."""
+        raise NotImplementedError
+
+
+class ScoreRecorder(Recorder):
+    """Keeps the score of every tested image, and counts of its pixels where there are masks."""
+
+    _edges: torch.Tensor | None = None
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401
+        """Forget the edges of bins too."""
+        super().on_test_start(trainer, pl_module)
+        self._edges = None
+
+    def look(self, model: Any, batch: ImageBatch, rows: Sequence[int]) -> dict[str, Any]:  # noqa: ANN401
+        """Return labels, scores and pixel counts ``(2, bins)``."""
+        del model, rows
+        scores = torch.as_tensor(batch.pred_score).float().flatten().tolist()
+        found: dict[str, Any] = {"labels": torch.as_tensor(batch.gt_label).int().tolist(), "scores": scores}
+        if batch.gt_mask is not None and batch.anomaly_map is not None:
+            maps = batch.anomaly_map.float().squeeze(1).flatten(1)
+            if self._edges is None:
+                even = torch.linspace(0, 1, PIXEL_BINS // 2, device=maps.device)
+                ranks = torch.linspace(0, maps.numel() - 1, PIXEL_BINS // 2, device=maps.device).long()
+                self._edges = torch.cat([even, maps.flatten().sort().values[ranks]]).sort().values
+            pairs = zip(torch.bucketize(maps, self._edges), batch.gt_mask.flatten(1) > 0, strict=True)
+            counts = [torch.stack(count(bins, mask, PIXEL_BINS + 1)) for bins, mask in pairs]
+            found["pixels"] = [one.int().cpu().numpy() for one in counts]
+        return found
+
+    def save(self, folder: Path, threshold: float | None) -> None:
+        """Write ``scores.csv`` and, where there are masks, ``pixels.npz``.
+
+        Args:
+            folder: Where to.
+            threshold: Image scores above it are predicted abnormal; None if there is none.
+        """
+        table = pd.DataFrame({"image": self.kept["paths"], "label": self.kept["labels"], "score": self.kept["scores"]})
+        table["predicted"] = None if threshold is None else (table.score > threshold).astype(int)
+        table.to_csv(folder / "scores.csv", index=False)
+        if "pixels" in self.kept:
+            np.savez_compressed(folder / "pixels.npz", counts=np.stack(self.kept["pixels"]))
+
+
+class PictureRecorder(Recorder):
+    """Keeps maps of some test images, level by level too where the model has levels (paper, Figure 4)."""
+
+    def __init__(self) -> None:
+        super().__init__(PICTURED)
+        self._levels: list[int] = []
+
+    def look(self, model: Any, batch: ImageBatch, rows: Sequence[int]) -> dict[str, Any]:  # noqa: ANN401
+        """Return the maps."""
+        found: dict[str, Any] = {}
+        if batch.anomaly_map is not None:
+            found["maps"] = _small(batch.anomaly_map[rows].reshape(len(rows), 1, *batch.anomaly_map.shape[-2:]))[:, 0]
+        if isinstance(model, MvfaModel):
+            self._levels = model.scored_levels
+            found["level_maps"] = _small(level_maps(model, torch.as_tensor(batch.image)[rows]))
+        return found
+
+    def save(self, folder: Path, samples: pd.DataFrame) -> None:
+        """Write ``pictures.npz``, unless the model has made no map.
+
+        Arrays: "paths", "labels" (M), "images" ``(M, S, S, 3)`` and "masks" ``(M, S, S)`` in 8 bits, the latter above 0
+        where abnormal and absent for data without masks, "maps" ``(M, S, S)`` in the model's own scale, "levels" (l)
+        and "level_maps" ``(M, l, S, S)``.
+
+        Args:
+            folder: Where to.
+            samples: Anomalib's table of the test images.
+        """
+        if "maps" not in self.kept:
+            return
+        rows = samples.set_index("image_path", drop=False).loc[self.kept["paths"]].sort_values("label_index", kind="stable")
+        order = [self.kept["paths"].index(path) for path in rows.image_path]
+        images = [read_image(path) for path in rows.image_path]
+        arrays: dict[str, Any] = {
+            "paths": rows.image_path.tolist(),
+            "labels": rows.label_index.astype(int).tolist(),
+            "images": [np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for image in images],
+            "maps": np.stack(self.kept["maps"])[order],
+            "levels": self._levels,
+            "level_maps": np.stack(self.kept["level_maps"])[order] if self._levels else [],
+        }
+        if samples.attrs.get("task") == "segmentation":
+            arrays["masks"] = [_mask(row, image) for (_, row), image in zip(rows.iterrows(), images, strict=True)]
+        np.savez_compressed(folder / "pictures.npz", **{name: np.asarray(array) for name, array in arrays.items()})
+
+
+class FeatureRecorder(Recorder):
+    """Keeps image features of the det branch with and without adapters in the stream (paper, Figure 6)."""
+
+    def __init__(self) -> None:
+        super().__init__(dict.fromkeys(PICTURED, FEATURE_IMAGES))
+
+    def look(self, model: Any, batch: ImageBatch, rows: Sequence[int]) -> dict[str, Any]:  # noqa: ANN401
+        """Return means over patches, of all levels side by side."""
+        if type(model) is not MvfaModel:
+            return {}
+        image = torch.as_tensor(batch.image)[rows]
+        found: dict[str, Any] = {"labels": torch.as_tensor(batch.gt_label)[rows].int().tolist()}
+        for name, levels in (("frozen", model.frozen_tokens(image)), ("adapted", model.tokens(image).det)):
+            found[name] = torch.cat([level[:, 1:].mean(dim=1) for level in levels], dim=-1).float().cpu().numpy()
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Write ``features.npz``, where there are features: "labels" (N), "frozen" and "adapted", ``(N, D)`` each."""
+        if "labels" in self.kept:
+            arrays = {name: np.stack(self.kept[name]) for name in ("labels", "frozen", "adapted")}
+            np.savez_compressed(folder / "features.npz", **arrays)
+
+
+class Stopwatch(Callback):
+    """Measures what a model takes, without metrics and other callbacks.
+
+    Attributes:
+        fit: Seconds from the beginning to the first test batch.
+        test: Seconds in the steps of the last test.
+    """
+
+    def __init__(self) -> None:
+        self.fit = self.test = 0.0
+        self._start = time.perf_counter()
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401
+        """Stop the time of fitting."""
+        del trainer
+        self.fit = self.fit or _now(pl_module) - self._start
+        self.test = 0.0
+
+    def on_test_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:  # noqa: ANN401
+        """Start the time of a batch."""
+        del trainer, args
+        self._start = _now(pl_module)
+
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:  # noqa: ANN401
+        """Stop it."""
+        del trainer, args
+        self.test += _now(pl_module) - self._start
+
+
+def _now(module: Any) -> float:  # noqa: ANN401  # a Lightning module
+    if module.device.type == "cuda":
+        torch.cuda.synchronize(module.device)
+    return time.perf_counter()
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the largest memory of this process, or what it had of a GPU, in 2**20 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # not on Windows
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def level_maps(model: MvfaModel, image: torch.Tensor) -> torch.Tensor:
+    """Score images by each level alone (paper, Figure 4).
+
+    Args:
+        model: Calibrated model in eval mode.
+        image: RGB in [0, 1], ``(B, 3, image_size, image_size)``.
+
+    Returns:
+        Anomaly maps ``(B, l, H, W)`` of the scored levels, each fused with the weights and value ranges of the whole.
+    """
+    scoring, tokens = model.scoring, model.tokens(image)
+    logits, distances = model.logits(tokens, scoring.map_branch, model.text_features), None
+    if scoring.weights.few > 0:
+        distances = model.bank.level_distances(scoring.map_branch, model.scored_tokens(tokens, scoring.map_branch))
+    ranges = model.ranges[0] if scoring.normalised else None
+    maps = []
+    for level in range(len(model.scored_levels)):
+        of_text = logits[:, [level]] if logits is not None else None
+        of_bank = distances[level] if distances is not None else None
+        maps.append(fuse(*model.maps(BranchScores(of_text, of_bank, None, None)), scoring.weights, ranges))
+    return torch.stack(maps, dim=1)
+
+
+def _small(maps: torch.Tensor) -> np.ndarray:
+    return interpolate(maps.float(), size=(SIDE, SIDE), mode="bilinear", antialias=True).cpu().numpy()
+
+
+def _mask(row: Any, image: Image.Image) -> np.ndarray:  # noqa: ANN401  # of a samples table
+    if row.label_index != LabelName.ABNORMAL:
+        return np.zeros((SIDE, SIDE), np.uint8)
+    return np.asarray(read_mask(row.mask_path, image.size).resize((SIDE, SIDE), Image.Resampling.NEAREST))
