@@ -17,7 +17,7 @@ from anomalib_mvfa.baselines.med_clip import StageBackbone
 from anomalib_mvfa.compare.bootstrap import Scores
 from anomalib_mvfa.compare.plan import Comparison
 from anomalib_mvfa.compare.results import Features, Pictures
-from anomalib_mvfa.compare.weights import build_model
+from anomalib_mvfa.compare.models import build_model
 from anomalib_mvfa.model.backbone import ClipBackbone
 from anomalib_mvfa.model.weights import checked_download
 from recipe import TINY, adapter_weights

@@ -9,6 +9,7 @@ import logging
 import sys
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -57,14 +58,15 @@ def main() -> int | None:
         return import_module(".compare.cli", __package__).main(sys.argv[1], sys.argv[2:])
     from anomalib.cli.cli import AnomalibCLI
     from anomalib.loggers import configure_logger
+    from jsonargparse import ArgumentParser
 
     class Cli(AnomalibCLI):
-        """Anomalib's command line, whose help names our commands too."""
+        """Anomalib's command line, whose help lists our commands too."""
 
-        def add_subcommands(self, **kwargs) -> None:  # noqa: ANN003  # anomalib's
-            super().add_subcommands(**kwargs)
-            commands = "".join(f"\n  {name:8} {text}" for name, text in COMMANDS.items())
-            self.parser.epilog = f"commands of anomalib-mvfa:{commands}"
+        def _set_install_subcommand(self, action_subcommand: Any) -> None:  # noqa: ANN401  # jsonargparse's own class
+            super()._set_install_subcommand(action_subcommand)
+            for name, text in COMMANDS.items():
+                action_subcommand.add_subcommand(name, ArgumentParser(), help=text)
 
     configure_logger()
     Cli()

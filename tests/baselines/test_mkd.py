@@ -14,7 +14,7 @@ from torchvision.models.vgg import cfgs, make_layers
 from anomalib_mvfa import BMADOneClass, Mkd
 from anomalib_mvfa.baselines import mkd
 from anomalib_mvfa.baselines.mkd import MkdModel, discrepancy, opening
-from anomalib_mvfa.compare.weights import Origin, build_model
+from anomalib_mvfa.compare.models import Origin, build_model
 from recipe import images, lesioned, vgg_features
 
 SIZE = 64

@@ -18,7 +18,7 @@ from anomalib.models.components import AnomalibModule
 
 from anomalib_mvfa import AprilGan, Bgad, BMADFewShot, BrainPhantom, Clip, Dra, MedClip, Mkd, Mvfa, WinClipBaseline
 from anomalib_mvfa.baselines import mkd
-from anomalib_mvfa.compare.weights import Origin, build_model
+from anomalib_mvfa.compare.models import Origin, build_model
 from recipe import TINY, WINDOWS, images, vgg_features, write_config
 
 SIZE = TINY.image_size

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from anomalib_mvfa.compare.plan import Comparison
+from anomalib_mvfa.compare.config import Comparison
 from anomalib_mvfa.data.phantom import write_phantom
 
 PATCHCORE = {"class_path": "Patchcore", "init_args": {"backbone": "resnet18", "pre_trained": False}}

@@ -1,202 +1,256 @@
-"""One job: what it measures and keeps, and that it equals what anomalib's command line does."""
+"""Which jobs there are, which images each protocol learns from and tests on, and what a result belongs to."""
 
-import errno
 import json
-import os
+import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from anomalib.cli.cli import AnomalibCLI
-from anomalib.pipelines.components import Job as PipelineJob
-from lightning import seed_everything
-from PIL import Image
-from sklearn.metrics import roc_auc_score
+from PIL import Image, ImageOps
+from recipe import write_support_list
 
-from anomalib_mvfa.compare.bootstrap import Scores
-from anomalib_mvfa.compare.job import SIDE, CompareJob, Memory
-from anomalib_mvfa.compare.results import Features, Pictures, read_row, read_rows
+from anomalib_mvfa.compare.job import digest_of, finished_result, identify, jobs_of
+from anomalib_mvfa.compare.results import writing
+from anomalib_mvfa.data import FewShot, FullNormal, LeaveOneOut
+
+PROTOCOLS = ("full_normal", "few_normal", "few_shot", "leave_one_out", "zero_shot")
 
 
-@pytest.fixture
-def finished(comparison, tmp_path):
-    """Return a function that runs one job of a comparison and returns its row and folder."""
-
-    def finish(method, category="Brain", **changes):
-        job = next(job for job in comparison(**changes).jobs() if (job.name, job.category) == (method, category))
-        row = CompareJob(job, tmp_path / "run").run()
-        return row, tmp_path / "run" / "jobs" / job.folder
-
-    return finish
+def methods(*protocols):
+    return {protocol: {"protocol": protocol, "model": {"class_path": "Padim"}} for protocol in protocols}
 
 
-def test_patchcore_equals_anomalibs_command_line(finished, two_categories, tmp_path):
-    row, folder = finished("PatchCore")
-    scores = Scores.load(folder / "scores.npz")
-    assert max(scores.values) > 1  # distances, not yet normalised
-    assert row.metrics["image_AUROC"] == pytest.approx(roc_auc_score(scores.labels, scores.values), abs=1e-6)
-    options = {
-        "--model": "Patchcore",
-        "--model.backbone": "resnet18",
-        "--model.pre_trained": "false",
-        "--model.post_processor": "anomalib_mvfa.model.export.OrderKeepingPostProcessor",
-        "--model.evaluator": "anomalib_mvfa.metrics.evaluator.default_evaluator",
-        "--model.visualizer": "false",
-        "--data": "BMADFewShot",
-        "--data.root": two_categories,
-        "--data.k_shot": 2,
-        "--data.abnormal_shots": 0,
-        "--data.train_batch_size": 2,
-        "--data.num_workers": 0,
-        "--trainer.accelerator": "cpu",
-        "--default_root_dir": tmp_path / "cli",
+def test_jobs_are_all_combinations_and_shots_count_only_where_there_are_some(comparison):
+    jobs = jobs_of(comparison(methods=methods("full_normal", "few_shot"), k_shots=[1, 2], seeds=[0, 5]))
+    assert [(job.name, job.category, job.k_shot, job.seed) for job in jobs[:6]] == [
+        ("full_normal", "Brain", None, 0),
+        ("few_shot", "Brain", 1, 0),
+        ("full_normal", "Chest", None, 0),
+        ("few_shot", "Chest", 1, 0),
+        ("few_shot", "Brain", 2, 0),
+        ("few_shot", "Chest", 2, 0),
+    ]
+    assert len({job.folder for job in jobs}) == len(jobs) == 12
+
+
+@pytest.mark.parametrize("category", ["Brain", "Chest"])
+def test_every_protocol_tests_the_same_images_and_learns_from_its_own(comparison, category):
+    jobs = jobs_of(comparison(methods=methods(*PROTOCOLS)))
+    data = {job.name: job.datamodule() for job in jobs if job.category == category}
+    for datamodule in data.values():
+        datamodule.setup()
+    tested = {name: list(datamodule.test_data.samples.image_path) for name, datamodule in data.items()}
+    assert len(tested["few_shot"]) == 6
+    assert all(paths == tested["few_shot"] for paths in tested.values())
+    labels = {name: sorted(datamodule.train_data.samples.label_index) for name, datamodule in data.items()}
+    assert labels["full_normal"] == [0, 0, 0]
+    assert labels["few_normal"] == labels["zero_shot"] == [0, 0]
+    assert labels["few_shot"] == [0, 0, 1, 1]
+    assert labels["leave_one_out"] == [0, 0, 0, 1, 1, 1]
+    other = {"Brain": "Chest", "Chest": "Brain"}[category]
+    assert all(f"/{other}/" in path for path in data["leave_one_out"].train_data.samples.image_path)
+    assert [type(data[name]) for name in PROTOCOLS] == [FullNormal, FewShot, FewShot, LeaveOneOut, FewShot]
+    assert {datamodule.num_workers for datamodule in data.values()} == {0}  # the source's own
+
+
+def test_images_of_sources_without_validation_are_the_same_too(comparison, two_categories):
+    source = {
+        "class_path": "Folder",
+        "init_args": {
+            "name": "own",
+            "root": str(two_categories / "Brain"),
+            "normal_dir": "train/good/img",
+            "normal_test_dir": "test/good/img",
+            "abnormal_dir": "test/Ungood/img",
+            "mask_dir": "test/Ungood/label",
+            "num_workers": 0,
+        },
     }
-    seed_everything(0, workers=True, verbose=False)  # anomalib 2.7 takes --seed_everything and ignores it
-    cli = AnomalibCLI(["train", *(str(part) for option in options.items() for part in option)])
-    expected = {name: float(value) for name, value in cli.engine.trainer.callback_metrics.items() if "_" in name}
-    assert row.error is None
-    assert len(row.metrics) == 6
-    assert row.metrics == pytest.approx({name: expected[name] for name in row.metrics}, abs=1e-6)
+    other = {**source, "init_args": {**source["init_args"], "name": "other", "root": str(two_categories / "Chest")}}
+    del other["init_args"]["mask_dir"]
+    plan = comparison(data=[source, other], categories=None, methods=methods(*PROTOCOLS), k_shots=[1])
+    assert list(plan.sources()) == ["own", "other"]
+    tested = []
+    for job in jobs_of(plan):
+        datamodule = job.datamodule()
+        datamodule.setup()
+        if job.category == "own":
+            tested.append(sorted(datamodule.test_data.samples.image_path))
+    assert len(tested) == len(PROTOCOLS)
+    assert all(paths == tested[0] for paths in tested)
+    assert 0 < len(tested[0]) < 6
 
 
-def test_a_row_says_where_it_comes_from(finished):
-    row, folder = finished("MVFA")
-    assert row == read_row(folder.parents[1], row.job)
-    assert (row.method, row.protocol, row.category, row.k_shot, row.seed) == ("MVFA", "few_shot", "Brain", 2, 0)
-    assert row.images == {"train": 44, "validate": 4, "test": 6}
-    assert (row.random_weights, row.weights) == (True, "random")
-    assert row.seconds["job"] > row.seconds["fit"] > row.seconds["image"] > 0
-    assert row.parameters["all"] > row.parameters["trained"] > 0
-    assert 100 < row.memory_mb < 20000
-    assert row.device.startswith("CPU")
-    assert {"anomalib", "torch", "anomalib-mvfa"} <= set(row.versions)
-    other, _ = finished("PatchCore")
-    assert other.test_set == row.test_set
-    assert other.parameters["trained"] == 0
-    unmasked, folder = finished("MVFA", "Chest")
-    assert unmasked.test_set != row.test_set
-    assert set(unmasked.metrics) == {"image_AUROC", "image_F1Score"}
-    pictures = Pictures.load(folder / "pictures.npz")
-    assert pictures.masks is None
-    assert pictures.maps.std(axis=(1, 2)).min() > 0  # data without masks have maps all the same
+def test_a_method_may_be_for_some_categories(comparison, caplog):
+    plan = comparison(seeds=[0, 1])
+    plan.methods["PatchCore"].categories = ["Brain"]
+    expected = [("PatchCore", "Brain"), ("MVFA", "Brain"), ("MVFA", "Chest")]
+    assert [(job.name, job.category) for job in jobs_of(plan)] == 2 * expected
+    assert caplog.text == ""
+    plan.methods["PatchCore"].categories = ["Liver", "Chest"]
+    assert len(jobs_of(plan)) == 6
+    assert "methods.PatchCore.categories: ['Liver'] not compared; Brain, Chest are." in caplog.text
 
 
-def test_pictures_are_the_same_images_for_every_method_with_maps_of_each(finished):
-    _, folder = finished("MVFA")
-    mvfa = Pictures.load(folder / "pictures.npz")
-    patchcore = Pictures.load(finished("PatchCore")[1] / "pictures.npz")
-    assert mvfa.paths == patchcore.paths
-    assert mvfa.labels == [0, 1, 1, 1]
-    np.testing.assert_array_equal(mvfa.images, patchcore.images)
-    np.testing.assert_array_equal(mvfa.masks, patchcore.masks)
-    assert mvfa.masks.any(axis=(1, 2)).tolist() == [False, True, True, True]
-    with Image.open(mvfa.paths[0]) as image:
-        expected = np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(mvfa.images[0], expected)
-    assert mvfa.maps.shape == (4, SIDE, SIDE)
-    assert not np.allclose(mvfa.maps, patchcore.maps)
-    assert mvfa.levels == [1, 2, 3, 4]
-    assert mvfa.level_maps.shape == (4, 4, SIDE, SIDE)
-    assert patchcore.levels == []
+@pytest.mark.parametrize("end", ["/b", " b", "../up", ".hidden", "<script>", "A" * 300, "\u4e2d" * 100])
+def test_names_of_folders_are_plain_short_and_stay_apart(comparison, end):
+    names = [f"{end}{last}" for last in "ab"]
+    plan = comparison(methods={name: methods("few_shot")["few_shot"] for name in names}, categories=["Brain"])
+    folders = [job.folder for job in jobs_of(plan)]
+    assert len(set(folders)) == 2
+    assert not [folder for folder in folders if set(folder) & set("/ <>") or folder.startswith(".")]
+    assert max(len(folder.encode()) for folder in folders) <= 207
 
 
-def test_features_are_kept_of_mvfa_and_the_first_seed_alone(finished):
-    _, folder = finished("MVFA", seeds=[1, 2])
-    features = Features.load(folder / "features.npz")
-    assert sorted(features.labels) == [0, 0, 0, 1, 1, 1]
-    assert features.frozen.shape == (6, 4 * 128)  # levels and width
-    assert features.adapted.shape == (6, 4 * 24)  # levels and joint width
-    assert not np.allclose(features.frozen[:, :128], features.frozen[:, 128:256])
-    assert not (finished("PatchCore")[1] / "features.npz").exists()
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"categories": ["Lungs"]}, "BMAD has no category 'Lungs'"),
+        ({"categories": ["Brain", "Brain"]}, "two data sets called 'Brain'"),
+        ({"categories": ["Brain"], "methods": methods("leave_one_out")}, "needs at least two categories"),
+        ({"data": {"class_path": "BMADOneClass", "init_args": {"folder": "x"}}}, "do not suit BMADOneClass"),
+        ({"data": {"class_path": "Foldr"}}, r"data\.class_path='Foldr' is no datamodule of anomalib or this package"),
+        ({"data": {"root": "x"}, "categories": None}, r"data names \['root'\], to choose from are: class_path"),
+    ],
+)
+def test_mistakes_in_data_are_named(comparison, changes, message):
+    with pytest.raises(ValueError, match=message):
+        identify(jobs_of(comparison(**changes)))
 
 
-def test_a_failure_is_a_row_and_leaves_its_traceback(finished, tmp_path):
-    broken = {
-        "protocol": "few_normal",
-        "model": {"class_path": "Patchcore", "init_args": {"backbone": "resnet18", "pre_trained": False}},
-        "trainer": {"max_steps": "many"},
+def test_a_result_counts_if_its_job_has_finished_and_depends_on_the_same(comparison, tmp_path):
+    job, *_ = jobs_of(comparison())
+    assert finished_result(tmp_path, job.folder, "1") is None
+    for changes, counts in (({}, True), ({"status": "failed"}, False), ({"digest": "2"}, False)):
+        with writing(tmp_path, job.folder) as folder:
+            job.result(**{"digest": "1", **changes}).write(folder)
+        assert (finished_result(tmp_path, job.folder, "1") is not None) == counts
+
+
+class Desk:
+    """A comparison of one method whose every part is a file that a test may change."""
+
+    def __init__(self, folder: Path, make, data: Path, config: Path) -> None:
+        self.data, self.make = folder / "data", make
+        shutil.copytree(data, self.data)
+        self.files = {name: folder / name for name in ("weights.pt", "clip.json", "adapters.pth", "other.json")}
+        for name, file in self.files.items():
+            shutil.copy(config, file) if file.suffix == ".json" else file.write_bytes(name.encode())
+        write_support_list(folder, "Brain", ["000.png", "001.png"], ["000.png", "001.png"])
+        self.model = {"backbone": str(self.files["clip.json"]), "adapters": str(self.files["adapters.pth"])}
+        self.source = {"root": str(self.data), "num_workers": 0}
+        self.method, self.trainer = {}, {}
+        self.plan = {"weights": {"A": str(self.files["weights.pt"])}, "support_list": str(folder)}
+
+    def digest(self) -> str:
+        model = {"class_path": "Mvfa", "init_args": self.model}
+        method = {"protocol": "few_shot", "model": model, "data": self.method, "trainer": self.trainer}
+        data = {"class_path": "BMADOneClass", "init_args": self.source}
+        jobs = jobs_of(self.make(methods={"A": method}, data=data, categories=["Brain"], **self.plan))
+        return digest_of(identify(jobs)[jobs[0].folder])
+
+    def image(self, part: str) -> Path:
+        return sorted((self.data / "Brain").glob(part))[0]
+
+
+def paint(path: Path) -> None:
+    with Image.open(path) as image:
+        ImageOps.invert(image).save(path)
+
+
+def swap(desk: Desk) -> None:
+    """Take another image into the support."""
+    write_support_list(Path(desk.plan["support_list"]), "Brain", ["002.png", "001.png"], ["000.png", "001.png"])
+
+
+def move(desk: Desk) -> None:
+    """Move data, weights and backbone, and change nothing in them."""
+    desk.source["root"] = str(desk.data.rename(desk.data.with_name("moved")))
+    for name in ("weights.pt", "clip.json"):
+        desk.files[name] = desk.files[name].rename(desk.files[name].with_name(f"moved_{name}"))
+    desk.plan["weights"] = {"A": str(desk.files["weights.pt"])}
+    desk.model["backbone"] = str(desk.files["clip.json"])
+
+
+def edit_json(desk: Desk) -> None:
+    config = json.loads(desk.files["clip.json"].read_text())
+    desk.files["clip.json"].write_text(json.dumps({**config, "embed_dim": 1}))
+
+
+CHANGES = {
+    "contents of the support list": swap,
+    "a support image": lambda desk: paint(desk.image("valid/good/img/000.png")),
+    "a support mask": lambda desk: paint(desk.image("valid/Ungood/label/000.png")),
+    "a test image": lambda desk: paint(desk.image("test/good/img/*")),
+    "a test mask": lambda desk: paint(desk.image("test/Ungood/label/*")),
+    "one test image less": lambda desk: desk.image("test/good/img/*").unlink(),
+    "contents of the adapters file": lambda desk: desk.files["adapters.pth"].write_bytes(b"other"),
+    "contents of the weights": lambda desk: desk.files["weights.pt"].write_bytes(b"other"),
+    "random weights": lambda desk: desk.plan.update(weights={"A": None}),
+    "contents of the backbone JSON": edit_json,
+    "an argument of the model": lambda desk: desk.model.update(max_epochs=3),
+    "an argument of the trainer": lambda desk: desk.trainer.update(max_steps=3),
+    "the training batch size": lambda desk: desk.method.update(train_batch_size=2),
+    "the seed": lambda desk: desk.plan.update(seeds=[1]),
+    "K": lambda desk: desk.plan.update(k_shots=[1], support_list=None),
+    "choosing the epoch on the test": lambda desk: desk.plan.update(select_epoch_on_test=True),
+}
+NO_CHANGES = {
+    "workers": lambda desk: desk.source.update(num_workers=3),
+    "evaluation batch size": lambda desk: desk.source.update(eval_batch_size=3),
+    "workers and evaluation batch size of the method": lambda desk: desk.method.update(num_workers=3, eval_batch_size=3),
+    "progress bars": lambda desk: desk.trainer.update(enable_progress_bar=True),
+    "a default, written out": lambda desk: desk.model.update(residual_ratio=0.1),
+    "places of files": move,
+    "times of files": lambda desk: [path.touch() for path in desk.data.rglob("*.png")],
+    "an image of no part": lambda desk: paint(desk.image("train/good/img/*")),
+    "title, reference and accelerator": lambda desk: desk.plan.update(title="B", reference="A", accelerator="auto"),
+    "another seed beside": lambda desk: desk.plan.update(seeds=[0, 1]),
+    "another category beside": lambda desk: desk.plan.update(paper="table1"),
+}
+
+
+@pytest.mark.parametrize(("what", "changes"), [*((what, True) for what in CHANGES), *((what, False) for what in NO_CHANGES)])
+def test_what_a_result_belongs_to(what, changes, comparison, two_categories, tiny_config, tmp_path):
+    desk = Desk(tmp_path, comparison, two_categories, tiny_config)
+    before = desk.digest()
+    assert desk.digest() == before
+    (CHANGES | NO_CHANGES)[what](desk)
+    assert (desk.digest() != before) == changes
+
+
+OWN = """
+from anomalib.models import Padim
+
+class Own(Padim):
+    pass
+"""
+
+
+def test_the_source_of_a_model_of_ones_own_counts(comparison, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    own = {"own": {"protocol": "few_normal", "model": {"class_path": "own_digest.Own"}}}
+    digests = []
+    for text in (OWN, OWN, f"{OWN}# changed"):
+        (tmp_path / "own_digest.py").write_text(text)
+        jobs = jobs_of(comparison(methods=own, categories=["Brain"]))
+        digests.append(digest_of(identify(jobs)[jobs[0].folder]))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_leave_one_out_depends_on_the_other_categories(comparison, two_categories, tmp_path):
+    shutil.copytree(two_categories, tmp_path / "data")
+    data = {"class_path": "BMADOneClass", "init_args": {"root": str(tmp_path / "data"), "num_workers": 0}}
+    plan = comparison(methods=methods("leave_one_out", "few_shot"), data=data)
+
+    def digests():
+        return {name: digest_of(depends_on) for name, depends_on in identify(jobs_of(plan)).items()}
+
+    before = digests()
+    for path in (tmp_path / "data" / "Chest").rglob("*.png"):
+        paint(path)
+    after = digests()
+    assert {name for name in before if before[name] != after[name]} == {
+        "leave_one_out-Brain-s0",
+        "leave_one_out-Chest-s0",
+        "few_shot-Chest-k2-s0",
     }
-    row, folder = finished("broken", methods={"broken": broken})
-    assert row.error
-    assert "\n" not in row.error
-    assert row.metrics == {}
-    assert "Traceback" in (folder / "error.txt").read_text()
-    assert json.loads((folder / "row.json").read_text())["error"] == row.error
-    assert read_rows(tmp_path / "run") == [row]
-    assert sorted(path.name for path in folder.iterdir()) == ["error.txt", "row.json"]
-
-
-def test_what_was_cut_short_is_no_result(finished, tmp_path, monkeypatch):
-    def stop(*_args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("anomalib_mvfa.compare.job.write_row", stop)
-    with pytest.raises(KeyboardInterrupt):
-        finished("PatchCore")
-    assert list((tmp_path / "run" / "jobs").iterdir()) == []
-
-
-def test_a_full_disk_is_this_jobs_error(finished, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("anomalib_mvfa.compare.bootstrap.Scores.save", full)
-    row, folder = finished("PatchCore")
-    assert row.error.startswith(f"OSError: {folder} was not written (No space left on device)")
-    assert sorted(path.name for path in folder.iterdir()) == ["error.txt", "row.json"]
-
-
-def test_arguments_that_a_job_sets_follow_its_data_and_shots(comparison, tmp_path, monkeypatch):
-    seen = {}
-
-    def built(model, weights, **defaults):
-        seen.update(defaults)
-        raise RuntimeError
-
-    monkeypatch.setattr("anomalib_mvfa.compare.job.build_model", built)
-    (job,) = [job for job in comparison(seeds=[3]).jobs() if job.folder == "MVFA-Chest-k2-s3"]
-    CompareJob(job, tmp_path).run()
-    assert seen == {"seed": 3, "k_shot": 2, "class_name": "Chest X-ray film"}
-
-
-def test_a_job_is_one_of_anomalibs_pipelines(comparison, tmp_path):
-    job = CompareJob(comparison().jobs()[0], tmp_path)
-    assert isinstance(job, PipelineJob)
-    row = job.job.row()
-    assert CompareJob.collect([row, row]).method.tolist() == ["PatchCore", "PatchCore"]
-
-
-def held_memory():
-    """Return the process's memory in 2**20 bytes."""
-    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 2**10
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read where Linux shows it")
-def test_memory_of_a_job_is_the_systems_again_before_the_next(comparison, tmp_path, monkeypatch):
-    ends, kept = iter([None, "no"]), []
-
-    def train_and_test(job, *_):
-        blocks = [np.ones(2**13) for _ in range(8 * 2**10)]  # 512 MiB, in pieces that the C library's heap holds
-        kept.extend(blocks[:: 2**8])  # some that last lie among them, so that the heap cannot shrink
-        if message := next(ends):
-            raise RuntimeError(message)
-        return job.row()
-
-    monkeypatch.setattr(f"{CompareJob.__module__}._train_and_test", train_and_test)
-    monkeypatch.setattr(f"{CompareJob.__module__}.logger.exception", lambda *_: None)  # pytest keeps what is logged
-    before = held_memory()
-    for error in (None, "RuntimeError: no"):
-        assert CompareJob(comparison().jobs()[0], tmp_path / "run").run().error == error
-        assert held_memory() < before + 100
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="elsewhere peaks are those of the whole process")
-def test_memory_is_the_peak_since_its_making():
-    block = np.ones(400 * 2**17)  # 400 MiB
-    del block
-    memory = Memory()
-    block = np.ones(200 * 2**17)
-    held = held_memory()
-    del block
-    assert held - 1 <= memory.peak(torch.device("cpu")) < held + 150

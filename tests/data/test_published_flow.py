@@ -7,7 +7,7 @@ import pytest
 import torch
 from anomalib.cli.cli import AnomalibCLI
 
-from anomalib_mvfa.compare.bootstrap import ScoreRecorder
+from anomalib_mvfa.compare.recorders import ScoreRecorder
 from anomalib_mvfa.model.torch_model import MvfaModel
 from recipe import write_support_list
 
@@ -32,7 +32,7 @@ def run(bmad_mini, mini_clip, tmp_path):
             "data.category": category,
             "data.support_list": tmp_path,
             "data.num_workers": 0,
-            "trainer.callbacks+": "anomalib_mvfa.compare.bootstrap.ScoreRecorder",
+            "trainer.callbacks+": "anomalib_mvfa.compare.recorders.ScoreRecorder",
             "trainer.accelerator": "cpu",
             "trainer.enable_progress_bar": "false",
             "default_root_dir": tmp_path / "results",

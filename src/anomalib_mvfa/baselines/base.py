@@ -97,7 +97,7 @@ def fill_extractor(extractor: TimmFeatureExtractor, path: str | None) -> None:
             )
             raise ValueError(msg) from None
         network = timm.create_model(extractor.backbone, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
-    extractor.feature_extractor.load_state_dict(network.state_dict())
+    extractor.feature_extractor.load_state_dict(network.state_dict(), strict=False)  # a classifier is not used
 
 
 def _headless_state(backbone: str, path: str) -> State:

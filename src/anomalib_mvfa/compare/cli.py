@@ -1,12 +1,14 @@
 """The commands ``compare``, ``report`` and ``repeat`` of ``anomalib-mvfa``."""
 
+import argparse
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+import yaml
+from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from ..plugin import COMMANDS
@@ -39,7 +41,8 @@ def main(command: str, arguments: Sequence[str]) -> int:
     Returns:
         Exit code: 0 if every job has finished, 1 if one has not, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    parser = ArgumentParser(prog=f"anomalib-mvfa {command}", description=COMMANDS[command])
+    kind = argparse.ArgumentParser if command == "repeat" else ArgumentParser  # jsonargparse's takes no unknown options
+    parser = kind(prog=f"anomalib-mvfa {command}", description=COMMANDS[command])
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         return {"compare": _compare, "report": _report, "repeat": _repeat}[command](parser, [*arguments])
@@ -79,10 +82,10 @@ def _report(parser: ArgumentParser, arguments: list[str]) -> int:
     return 0
 
 
-def _repeat(parser: ArgumentParser, arguments: list[str]) -> int:
-    parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="Seeds of the model and the datamodule.")
+def _repeat(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
+    parser.add_argument("--seeds", default="0,1,2", help="Seeds of the model and the datamodule, with commas between.")
     parser.add_argument("--output", type=Path, default=Path("results/repeat"), help="Folder of the results.")
-    parser.add_argument("--workers", type=int | None, help="Jobs at a time; by default one for each GPU.")
+    parser.add_argument("--workers", type=int, help="Jobs at a time; by default one for each GPU.")
     parser.add_argument(
         "--select_epoch_on_test",
         action="store_true",
@@ -91,15 +94,15 @@ def _repeat(parser: ArgumentParser, arguments: list[str]) -> int:
     parser.epilog = "All further options are those of `anomalib train`."
     options, train = parser.parse_known_args(arguments)
     model, data, trainer = _train_configuration(train)
-    name = model["class_path"].rpartition(".")[2]
+    name, seeds = model["class_path"].rpartition(".")[2], yaml.safe_load(f"[{options.seeds.strip('[]')}]")
     comparison = Comparison(
         methods={name: Method("own_split", model, trainer=trainer)},
         data=data,
-        seeds=options.seeds,
+        seeds=seeds,
         group_by=data["init_args"].get("group_by"),
         select_epoch_on_test=options.select_epoch_on_test,
         accelerator=trainer.pop("accelerator", "auto"),
-        title=f"{name} with {len(options.seeds)} seeds",
+        title=f"{name} with {len(seeds)} seeds",
     )
     return _run(comparison, options.output, options.workers)
 
@@ -115,15 +118,15 @@ def _train_configuration(arguments: list[str]) -> list[dict[str, Any]]:
             """Leave that to the jobs."""
 
     cli = Parsed(["train", *arguments], run=False)
-    config: Namespace = cli.config["train"]
+    config = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False, skip_link_targets=False))["train"]
     defaults = cli.subcommand_parsers["train"].get_defaults().trainer
     by_job = {"callbacks", "logger", "default_root_dir"}
     trainer = {
-        name: value
-        for name, value in config.trainer.as_dict().items()
-        if name not in by_job and value != defaults.get(name)
+        name: value for name, value in config["trainer"].items() if name not in by_job and value != defaults.get(name)
     }
-    return [config.model.as_dict(), config.data.as_dict(), trainer]
+    for part in ("model", "data"):
+        config[part]["init_args"].pop("seed", None)  # each job has its own
+    return [config["model"], config["data"], trainer]
 
 
 def _run(comparison: Comparison, output: Path, workers: int | None) -> int:

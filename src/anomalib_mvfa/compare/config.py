@@ -136,8 +136,9 @@ class Comparison:
                 raise ValueError(msg)
         check_pattern("group_by", self.group_by)
         check_choice("accelerator", self.accelerator, ["auto", "gpu", *AcceleratorRegistry.available_accelerators()])
-        for name in (*self.weights, *([self.reference] if self.reference else [])):
-            check_choice("method in weights or reference", name, [*self.methods])
+        for argument, names in (("weights", self.weights), ("reference", filter(None, [self.reference]))):
+            for name in names:
+                check_choice(argument, name, [*self.methods])
         if self.timeout_min is not None and self.timeout_min < 1:
             msg = f"timeout_min={self.timeout_min} must be at least 1, or null for no limit."
             raise ValueError(msg)

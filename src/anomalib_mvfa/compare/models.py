@@ -54,9 +54,9 @@ def build_model(
         FileNotFoundError: There is no such file.
         RuntimeError: Weights could not be downloaded.
     """
-    parser, config = _parsed(model, weights, defaults)
-    built = parser.instantiate_classes(config).model
-    arguments = config.model.init_args
+    parser, arguments = _parsed(model, weights, defaults)
+    built = parser.instantiate_classes(arguments).model
+    arguments = arguments.model
     extractors = [module for module in built.modules() if isinstance(module, TimmFeatureExtractor)]
     for extractor in extractors:
         check_layers(extractor, arguments.get("layers") or extractor.layers)
@@ -70,9 +70,10 @@ def build_model(
         return built, _named(arguments.pretrained or False)
     if "pre_trained" in arguments and arguments.pre_trained is not True:
         return built, _named(arguments.pre_trained)
-    configs = [getattr(extractor.feature_extractor, "pretrained_cfg", {}) for extractor in extractors]
-    tags = [".".join(filter(None, (config.get("architecture"), config.get("tag")))) for config in configs]
-    return built, Origin(next(filter(None, tags), None))
+    if not extractors or not _is_anomalibs(type(built)):  # a model of the user's own may have random weights
+        return built, Origin()
+    config = getattr(extractors[0].feature_extractor, "pretrained_cfg", {})
+    return built, Origin(".".join(filter(None, (config.get("architecture"), config.get("tag")))) or None)
 
 
 def model_arguments(model: Mapping[str, Any], weights: str | None, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,11 +81,11 @@ def model_arguments(model: Mapping[str, Any], weights: str | None, defaults: Map
 
     Of a class that is not installed with anomalib or this package, the source file counts as well.
     """
-    parser, config = _parsed(model, weights, defaults)
+    _, arguments = _parsed(model, weights, defaults)
     named = find_model(str(model["class_path"]))
     own = named.__module__.partition(".")[0] not in {"anomalib", __package__.partition(".")[0]}
     source = getsourcefile(named) if own else None
-    return {**config.clone().model.as_dict(), "source": source and file_digest(source)}
+    return {"class": named.__qualname__, **arguments.model.as_dict(), "source": source and file_digest(source)}
 
 
 def find_model(class_path: str) -> type[AnomalibModule]:
@@ -110,7 +111,7 @@ def find_model(class_path: str) -> type[AnomalibModule]:
 
 
 def _parsed(model: Mapping[str, Any], weights: str | None, defaults: Mapping[str, Any]) -> tuple[ArgumentParser, Any]:
-    """Return a parser of models and a model's complete configuration."""
+    """Return a parser of a model's arguments, and all of them."""
     model_class = find_model(str(model.get("class_path")))
     has, given = signature(model_class).parameters, dict(model.get("init_args") or {})
     if unknown := sorted(set(given) - set(has)):
@@ -126,10 +127,9 @@ def _parsed(model: Mapping[str, Any], weights: str | None, defaults: Mapping[str
         name = how if how in has else "pre_trained"
         arguments[name] = {"pretrained": weights, "pre_trained": weights or False, "extractor": False}[how]
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(AnomalibModule, "model", fail_untyped=False, required=True)
-    path = f"{model_class.__module__}.{model_class.__qualname__}"
+    parser.add_class_arguments(model_class, "model", fail_untyped=False)
     try:
-        return parser, parser.parse_object({"model": {"class_path": path, "init_args": arguments}})
+        return parser, parser.parse_object({"model": arguments})
     except Exception as error:  # argparse's, of a value of the wrong type
         msg = f"init_args={given!r} do not suit {model_class.__name__} ({' '.join(str(error).split())})."
         raise ValueError(msg) from error
@@ -142,7 +142,11 @@ def _takes(model: type[AnomalibModule]) -> str | None:
         return "pretrained" if model.__name__ != "WinClip" else None
     if "pre_trained" not in has:
         return None
-    return "extractor" if model.__module__.startswith("anomalib.") else "pre_trained"
+    return "extractor" if _is_anomalibs(model) else "pre_trained"
+
+
+def _is_anomalibs(model: type[AnomalibModule]) -> bool:
+    return model.__module__.startswith("anomalib.")
 
 
 def _refused(model: type[AnomalibModule], weights: str | None) -> ValueError:
