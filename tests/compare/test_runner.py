@@ -51,7 +51,9 @@ def scripted(monkeypatch, tmp_path):
         def command(job, run, *options):
             result = job.result(digest=digest_of(depends[job.folder]), seconds={"job": 1.0})
             content = json.dumps(vars(result))
-            write = f"f = os.path.join(RUN, 'jobs', JOB); os.makedirs(f)\nopen(f + '/result.json', 'w').write({content!r})"
+            write = (
+                f"f = os.path.join(RUN, 'jobs', JOB); os.makedirs(f)\nopen(f + '/result.json', 'w').write({content!r})"
+            )
             code = f"import os\nRUN, JOB = {str(run)!r}, {job.folder!r}\nprint('hello', flush=True)\n{text}\n{write}"
             return [sys.executable, "-c", code]
 
@@ -123,7 +125,7 @@ def test_how_a_process_ended_is_told_and_it_is_run_again(comparison, scripted, t
 
 def test_a_job_that_runs_too_long_is_ended(comparison, scripted, tmp_path, monkeypatch):
     plan = small(comparison, timeout_min=1)
-    scripted(plan, f"if JOB.startswith('Patch'):\n    import time; time.sleep(600)")
+    scripted(plan, "if JOB.startswith('Patch'):\n    import time; time.sleep(600)")
     clock = time.monotonic
     monkeypatch.setattr(runner.time, "monotonic", lambda: 100 * clock())
     first, second = runner.compare(plan, tmp_path, workers=2)
@@ -178,7 +180,9 @@ def test_a_stopped_comparison_goes_on(comparison, scripted, tmp_path, monkeypatc
     stopped = {POINTS[0]: set(), POINTS[1]: {first}, POINTS[2]: {last}}[point] if how != signal.SIGKILL else set()
     results = {result.job: result for result in read_results(tmp_path)}
     assert {job for job, result in results.items() if result.finished} == finished
-    assert {job for job, result in results.items() if result.status == "interrupted"} == stopped == set(results) - finished
+    assert (
+        {job for job, result in results.items() if result.status == "interrupted"} == stopped == set(results) - finished
+    )
     assert all(result.error is None for result in results.values())
 
     before = (tmp_path / "jobs" / first / "result.json").stat().st_mtime_ns if finished else None
@@ -205,7 +209,9 @@ def test_a_real_job_ends_when_told_to_and_with_its_parent(comparison, tmp_path):
     wait_for(lambda: read_results(tmp_path / "run"))
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    wait_for(lambda: not any("State:" in status(path) and "State:\tZ" not in status(path) for path in map(proc, children)))
+    wait_for(
+        lambda: not any("State:" in status(path) and "State:\tZ" not in status(path) for path in map(proc, children))
+    )
     assert [result.status for result in read_results(tmp_path / "run")] == ["interrupted"]
 
 

@@ -1,14 +1,16 @@
 """What a comparison consists of: methods, data, shots and seeds."""
 
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, field
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
+from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from ..arguments import check_choice
 from ..data import FewShot
@@ -25,10 +27,46 @@ SET_BY_JOB = {
 """Arguments that the comparison sets, not a method."""
 MODEL_DEFAULT = "default"
 """Stands for the weights that a model loads by itself, in methods that `weights` does not name."""
-_Built = TypeVar("_Built")
 
 
-@dataclass
+def _different(values: Sequence) -> Sequence:
+    if len(set(values)) < len(values):
+        msg = f"{list(values)} must name none twice"
+        raise ValueError(msg)
+    return values
+
+
+def _in_words(error: Mapping[str, Any]) -> str:
+    """Return one of pydantic's errors in a line: the argument, its value unless it is long, and what it must be."""
+    place, value = ".".join(map(str, error["loc"])), repr(error["input"])
+    shown = f"={value}" if place and len(value) < 80 and error["type"] != "missing" else ""
+    message = error["msg"].removeprefix("Value error, ").removesuffix(".")
+    return f"{place}{shown}: {message}" if place else message
+
+
+def _check_names(where: str, mapping: Mapping[str, Any], accepted: set[str]) -> None:
+    if unknown := sorted(map(str, set(mapping) - accepted)):
+        msg = f"{where} names {unknown}, to choose from are: {', '.join(sorted(accepted))}."
+        raise ValueError(msg)
+
+
+def _class_mapping(mapping: dict[str, Any]) -> dict[str, Any]:
+    """Check anomalib's mapping of a class."""
+    _check_names("the mapping", mapping, {"class_path", "init_args"})
+    if not isinstance(mapping.get("class_path"), str) or not isinstance(mapping.get("init_args", {}), dict):
+        msg = "must be a mapping with class_path and init_args"
+        raise ValueError(msg)  # noqa: TRY004  # the file's value is at fault
+    return mapping
+
+
+ClassMapping = Annotated[dict[str, Any], AfterValidator(_class_mapping)]
+Seeds = Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(min_length=1), AfterValidator(_different)]
+Shots = Annotated[list[Annotated[int, Field(strict=True, ge=1)]], Field(min_length=1), AfterValidator(_different)]
+Names = Annotated[list[str], Field(min_length=1), AfterValidator(_different)]
+KNOWN_ARGUMENTS_ONLY = ConfigDict(extra="forbid")
+
+
+@dataclass(config=KNOWN_ARGUMENTS_ONLY)
 class Method:
     """A method and what it learns from.
 
@@ -45,34 +83,22 @@ class Method:
     """
 
     protocol: Protocol
-    model: dict[str, Any]
+    model: ClassMapping
     data: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
-    categories: list[str] | None = None
+    categories: Names | None = None
 
-    def check(self, where: str) -> None:
-        """Check what can be checked without data.
-
-        Args:
-            where: What errors put before an argument's name.
-
-        Raises:
-            ValueError: An argument is unknown, has a wrong type, or is one that the comparison sets.
-        """
-        _check_types(self, where)
-        check_mapping(f"{where}model", self.model)
-        if self.categories == []:
-            msg = f"{where}categories=[] must be a list with at least one category."
-            raise ValueError(msg)
+    def __post_init__(self) -> None:
+        """Refuse arguments that are unknown or the comparison's."""
         accepted = {
             "data": {*signature(FewShot).parameters, *signature(SplitDataModule).parameters},
             "trainer": {*signature(Trainer).parameters},
         }
         for name, names in accepted.items():
-            _check_names(f"{where}{name}", getattr(self, name), names - set(SET_BY_JOB[name]))
+            _check_names(name, getattr(self, name), names - set(SET_BY_JOB[name]))
 
 
-@dataclass
+@dataclass(config=KNOWN_ARGUMENTS_ONLY)
 class Comparison:
     """Methods to compare, each under its own protocol, on the same test images.
 
@@ -97,51 +123,32 @@ class Comparison:
         cluster: Run on a cluster by submitit: its ``cluster`` ("slurm" or "local") and parameters of its executor.
 
     Raises:
-        ValueError: There is nothing to compare, or a name is unknown or doubled.
+        pydantic.ValidationError: A value is missing, unknown, doubled or of another type; this is a ValueError.
     """
 
-    methods: dict[str, Method]
-    data: dict[str, Any] | list[dict[str, Any]]
-    categories: list[str] | None = None
-    k_shots: list[int] = field(default_factory=lambda: [4])
-    seeds: list[int] = field(default_factory=lambda: [0])
+    methods: Annotated[dict[str, Method], Field(min_length=1)]
+    data: ClassMapping | list[ClassMapping]
+    categories: Names | None = None
+    k_shots: Shots = field(default_factory=lambda: [4])
+    seeds: Seeds = field(default_factory=lambda: [0])
     weights: dict[str, str | None] = field(default_factory=dict)
     reference: str | None = None
     support_list: str | None = None
     group_by: str | None = None
-    select_epoch_on_test: bool = False
+    select_epoch_on_test: StrictBool = False
     title: str = "Comparison"
     paper: str | None = None
     accelerator: str = "auto"
-    timeout_min: int | None = None
+    timeout_min: Annotated[int, Field(strict=True, ge=1)] | None = None
     cluster: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading data."""
-        for name, least in (("k_shots", 1), ("seeds", 0)):
-            values = getattr(self, name)
-            if not isinstance(values, list) or not all(type(value) is int and value >= least for value in values):
-                msg = f"{name}={values!r} must be a list of whole numbers from {least} on, such as [{least}, 4]."
-                raise ValueError(msg)
-        _check_types(self)
-        self.methods = {
-            name: method if isinstance(method, Method) else _build(Method, method, f"methods.{name}")
-            for name, method in self.methods.items()
-        }
-        for name, method in self.methods.items():
-            method.check(f"methods.{name}.")
-        for name, values in (("methods", self.methods), ("k_shots", self.k_shots), ("seeds", self.seeds)):
-            if not values or len(set(values)) != len(values):
-                msg = f"{name}={list(values)} must name at least one, and none twice."
-                raise ValueError(msg)
         check_pattern("group_by", self.group_by)
         check_choice("accelerator", self.accelerator, ["auto", "gpu", *AcceleratorRegistry.available_accelerators()])
         for argument, names in (("weights", self.weights), ("reference", filter(None, [self.reference]))):
             for name in names:
                 check_choice(argument, name, [*self.methods])
-        if self.timeout_min is not None and self.timeout_min < 1:
-            msg = f"timeout_min={self.timeout_min} must be at least 1, or null for no limit."
-            raise ValueError(msg)
         if self.paper is not None:
             paper_table(self.paper)
 
@@ -165,7 +172,12 @@ class Comparison:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             msg = f"config={str(path)!r} is no YAML file ({' '.join(str(error).split())})."
             raise ValueError(msg) from error
-        return _build(cls, {**(read if isinstance(read, dict) else {}), **overrides}, str(path))
+        try:
+            return TypeAdapter(cls).validate_python({**(read if isinstance(read, dict) else {}), **overrides})
+        except ValidationError as error:
+            wrong = "; ".join(_in_words(one) for one in error.errors())
+            msg = f"config={str(path)!r}: {wrong}. Its arguments are: {', '.join(cls.__annotations__)}."
+            raise ValueError(msg) from None
 
     def save(self, path: Path) -> None:
         """Write a YAML file, complete or not at all."""
@@ -176,12 +188,11 @@ class Comparison:
         """Return the mapping of every category's datamodule, by the category's name; no data are read.
 
         Raises:
-            ValueError: Two have one name, or a mapping is none of a datamodule.
+            ValueError: Two have one name.
         """
         mappings = self.data if isinstance(self.data, list) else [self.data]
         found: dict[str, dict[str, Any]] = {}
         for mapping in mappings:
-            check_mapping("data", mapping)
             for category in self.categories or [None]:
                 arguments = {**mapping.get("init_args", {}), **({"category": category} if category else {})}
                 name = arguments.get("category") or arguments.get("name") or mapping["class_path"].rpartition(".")[2]
@@ -190,69 +201,3 @@ class Comparison:
                     raise ValueError(msg)
                 found[name] = {**mapping, "init_args": arguments}
         return found
-
-
-def check_mapping(where: str, mapping: Mapping[str, Any]) -> None:
-    """Raise ValueError unless this is anomalib's mapping of a class: ``class_path`` and ``init_args``."""
-    _check_names(where, mapping, {"class_path", "init_args"})
-    if not isinstance(mapping.get("class_path"), str) or not isinstance(mapping.get("init_args", {}), Mapping):
-        msg = f"{where}={dict(mapping)!r} must be a mapping with class_path and init_args."
-        raise ValueError(msg)  # noqa: TRY004  # the file's value is at fault
-
-
-def _check_names(where: str, mapping: Mapping[str, Any], accepted: set[str]) -> None:
-    if unknown := sorted(map(str, set(mapping) - accepted)):
-        msg = f"{where} names {unknown}, to choose from are: {', '.join(sorted(accepted))}."
-        raise ValueError(msg)
-
-
-def _build(cls: type[_Built], arguments: Any, where: str) -> _Built:  # noqa: ANN401  # whatever a file holds
-    """Build a dataclass from a mapping; say which of its arguments are missing or unknown."""
-    known = {entry.name: entry.default is MISSING and entry.default_factory is MISSING for entry in fields(cls)}  # type: ignore[arg-type]
-    given = set(arguments) if isinstance(arguments, Mapping) else set()
-    missing, unknown = {name for name, needed in known.items() if needed} - given, given - set(known)
-    if missing or unknown:
-        msg = (
-            f"{where}: missing {sorted(missing) or 'nothing'}, unknown {sorted(map(str, unknown)) or 'nothing'}. Its "
-            f"arguments are: {', '.join(known)}."
-        )
-        raise ValueError(msg)
-    return cls(**arguments)
-
-
-def _check_types(built: Any, where: str = "") -> None:  # noqa: ANN401  # a dataclass
-    """Raise ValueError for an argument that is not of its type."""
-    for name, kind in get_type_hints(type(built)).items():
-        if not _is_a(getattr(built, name), kind):
-            msg = f"{where}{name}={getattr(built, name)!r} must be {_form(kind)}."
-            raise ValueError(msg)
-
-
-def _form(kind: Any) -> str:  # noqa: ANN401  # any annotation
-    """Say what values of a type look like in a file."""
-    parts, origin = get_args(kind), get_origin(kind)
-    if origin is Literal:
-        return f"one of: {', '.join(parts)}"
-    if origin is list:
-        return f"a list, each {_form(parts[0])}"
-    if origin is dict:
-        return "a mapping" if parts[1] is Any else f"a mapping from names, each to {_form(parts[1])}"
-    if parts:
-        return " or ".join(map(_form, parts))
-    return {str: "text", type(None): "null", int: "a whole number", bool: "true or false"}.get(kind, "a mapping")
-
-
-def _is_a(value: Any, kind: Any) -> bool:  # noqa: ANN401  # any value, any annotation
-    """Whether a value is of a type, inside of lists and mappings too; mappings stand for dataclasses."""
-    parts, origin = get_args(kind), get_origin(kind)
-    if kind is Any:
-        return True
-    if origin is Literal:
-        return value in parts
-    if origin is list:
-        return isinstance(value, list) and all(_is_a(item, parts[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_is_a(k, parts[0]) and _is_a(v, parts[1]) for k, v in value.items())
-    if parts:  # a union
-        return any(_is_a(value, part) for part in parts)
-    return isinstance(value, dict | kind) if is_dataclass(kind) else type(value) is kind

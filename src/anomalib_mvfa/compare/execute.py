@@ -1,7 +1,7 @@
 """Runs one job in a process of its own: ``python -m anomalib_mvfa.compare.execute RUN JOB``.
 
-Anomalib's engine trains and tests; callbacks keep what the report shows. The exit code is 0 once a result is written, be
-it a failure; a process that is told to end (SIGTERM) leaves none.
+Anomalib's engine trains and tests; callbacks keep what the report shows. The exit code is 0 once a result is written,
+be it a failure; a process that is told to end (SIGTERM) leaves none.
 """
 
 import logging
@@ -25,10 +25,10 @@ from ..callbacks import ADVICE, is_out_of_memory
 from ..io import commit, dataset_digest, device_name, versions
 from ..metrics.evaluator import default_evaluator
 from ..model.export import OrderKeepingPostProcessor
+from . import recorders
 from .config import Comparison
 from .job import Job, digest_of, identify, jobs_of
 from .models import build_model
-from .recorders import FeatureRecorder, PictureRecorder, ScoreRecorder, Stopwatch, peak_memory
 from .results import JobResult, writing
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
@@ -88,7 +88,9 @@ def _train_and_test(job: Job, folder: Path, gpu: int | None) -> JobResult:
     model.evaluator = default_evaluator()
     model.visualizer = None
 
-    watch, scores, pictures, features = Stopwatch(), ScoreRecorder(), PictureRecorder(), FeatureRecorder()
+    watch, scores = recorders.Stopwatch(), recorders.ScoreRecorder()
+    pictures = recorders.Recorder(recorders.maps_of, recorders.PICTURED)
+    features = recorders.Recorder(recorders.features_of, recorders.FEATURED)
     select, epoch = job.comparison.select_epoch_on_test, None
     with TemporaryDirectory() as scratch:
         every_epoch = ModelCheckpoint(scratch, filename="{epoch}", save_top_k=-1)
@@ -109,8 +111,9 @@ def _train_and_test(job: Job, folder: Path, gpu: int | None) -> JobResult:
 
     threshold = getattr(model.post_processor, "image_threshold", None)
     scores.save(folder, None if threshold is None or threshold.isnan() else float(threshold))
-    pictures.save(folder, datamodule.test_data.samples)
-    features.save(folder)
+    levels = getattr(model.model, "scored_levels", ())
+    recorders.save_pictures(pictures, folder, datamodule.test_data.samples, levels)
+    recorders.save_features(features, folder)
     device = trainer.strategy.root_device
     return job.result(
         digest=digest_of(depends_on),
@@ -131,7 +134,7 @@ def _train_and_test(job: Job, folder: Path, gpu: int | None) -> JobResult:
             "all": sum(parameter.numel() for parameter in model.parameters()),
             "trained": sum(parameter.numel() for parameter in trained),
         },
-        memory_mb=peak_memory(device),
+        memory_mb=recorders.peak_memory(device),
         device=device_name(device),
         commit=commit(),
         versions=versions(),
@@ -140,7 +143,7 @@ def _train_and_test(job: Job, folder: Path, gpu: int | None) -> JobResult:
 
 
 def _best_epoch(engine: Engine, model: Any, datamodule: Any, folder: Path) -> tuple[int, Any]:  # noqa: ANN401
-    """Return the epoch with the best image plus pixel AUROC on the test images, and its metrics: the published choice."""
+    """Return the epoch with the best image plus pixel AUROC on the test images, and its metrics."""
 
     def test(path: Path) -> Any:  # noqa: ANN401  # Lightning's metrics
         return engine.test(model=model, datamodule=datamodule, ckpt_path=path, verbose=False)[0]

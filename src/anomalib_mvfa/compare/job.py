@@ -81,8 +81,7 @@ class Job:
         sources = self.comparison.sources()
         mapping = sources[self.category]
         if self.method.protocol == "own_split":
-            datamodule = build_datamodule(mapping, seed=self.seed)
-            return datamodule
+            return build_datamodule(mapping, seed=self.seed)
         source = build_datamodule(mapping)
         split: dict[str, Any] = {
             "k_shot": self.split_shots,
@@ -102,8 +101,9 @@ class Job:
 
     def model_defaults(self, class_name: str | None) -> dict[str, Any]:
         """Return the arguments that the job sets where its model has them and the method does not give them."""
-        seed = {"seed": self.seed}
-        return seed if self.method.protocol == "own_split" else {**seed, "k_shot": self.k_shot or 0, "class_name": class_name}
+        if self.method.protocol == "own_split":
+            return {"seed": self.seed}
+        return {"seed": self.seed, "k_shot": self.k_shot or 0, "class_name": class_name}
 
     def depends_on(self, images: Mapping[str, Any]) -> dict[str, Any]:
         """Return all that the job's numbers depend on, in plain values; files count by their contents.

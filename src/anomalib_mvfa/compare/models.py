@@ -40,8 +40,8 @@ def build_model(
     """Build a model, with the weights of its frozen backbone from a file if need be.
 
     Args:
-        model: Anomalib's mapping of a model, ``class_path`` and ``init_args``: a short name of anomalib's or ours, or the
-            path of any importable class.
+        model: Anomalib's mapping of a model, ``class_path`` and ``init_args``: a short name of anomalib's or ours, or
+            the path of any importable class.
         weights: File with a state dict (.pt, .pth, .safetensors), which wins over the model's own argument; None for
             seeded random weights; or `MODEL_DEFAULT` for what the model loads by itself.
         defaults: Arguments that are not among ``init_args``; those that the model does not have are left out.
@@ -136,7 +136,7 @@ def _parsed(model: Mapping[str, Any], weights: str | None, defaults: Mapping[str
 
 
 def _takes(model: type[AnomalibModule]) -> str | None:
-    """Return how a model takes the weights of a file: by an argument, or put into its extractor; None for not at all."""
+    """Return how a model takes the weights of a file: by an argument, or in its extractor; None for not at all."""
     has = signature(model).parameters
     if "pretrained" in has:
         return "pretrained" if model.__name__ != "WinClip" else None
@@ -151,9 +151,9 @@ def _is_anomalibs(model: type[AnomalibModule]) -> bool:
 
 def _refused(model: type[AnomalibModule], weights: str | None) -> ValueError:
     return ValueError(
-        f"weights={weights!r} cannot be given to {model.__name__}, which takes its weights, if it has any, from where it "
-        "downloads them to, such as the cache of Hugging Face. Take the method out of `weights`, or `pre_trained: false` "
-        "out of its init_args; of WinCLIP, anomalib_mvfa.WinClipBaseline takes a file."
+        f"weights={weights!r} cannot be given to {model.__name__}, which takes its weights, if it has any, from where "
+        "it downloads them to, such as the cache of Hugging Face. Take the method out of `weights`, or `pre_trained: "
+        "false` out of its init_args; of WinCLIP, anomalib_mvfa.WinClipBaseline takes a file."
     )
 
 

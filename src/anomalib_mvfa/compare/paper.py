@@ -19,8 +19,23 @@ NOTES = {
 }
 BMAD = {"Brain", "Liver", "Retina_RESC", "Retina_OCT2017", "Chest", "Histopathology"}
 MVTEC = set(
-    "bottle cable capsule carpet grid hazelnut leather metal_nut pill screw tile toothbrush transistor wood "
-    "zipper".split()
+    [
+        "bottle",
+        "cable",
+        "capsule",
+        "carpet",
+        "grid",
+        "hazelnut",
+        "leather",
+        "metal_nut",
+        "pill",
+        "screw",
+        "tile",
+        "toothbrush",
+        "transistor",
+        "wood",
+        "zipper",
+    ]
 )
 ALIASES = {
     "cflow": {"cflowad"},
@@ -61,7 +76,13 @@ class PaperTable:
         return float(table.loc[fits, category].iloc[0]) / 100 if fits.any() and category in table else np.nan
 
     def average(
-        self, level: str, method: str, protocol: str, k_shot: int | None, categories: Sequence[str], tested: Iterable[str]
+        self,
+        level: str,
+        method: str,
+        protocol: str,
+        k_shot: int | None,
+        categories: Sequence[str],
+        tested: Iterable[str],
     ) -> float:
         """Return the average over categories, printed or computed from what is printed; NaN where there is none.
 

@@ -7,7 +7,7 @@ Axes: N images, M pictures, S side in pixels, l levels.
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,65 +27,67 @@ from ..model.fusion import fuse
 from ..model.torch_model import BranchScores, MvfaModel
 
 PIXEL_BINS = 1024
-"""Number of bin edges for pixel counts; the metric itself uses finer bins. Half of the edges are evenly spaced, and half
-are quantiles of the first batch, since scores may fill a small part of [0, 1]."""
+"""Number of bin edges for pixel counts; the metric itself uses finer bins. Half of the edges are evenly spaced, and
+half are quantiles of the first batch, since scores may fill a small part of [0, 1]."""
 SIDE = 160
 """Height and width of saved pictures and maps in pixels."""
 PICTURED = {LabelName.NORMAL: 1, LabelName.ABNORMAL: 3}
 """How many normal and abnormal test images the report shows."""
-FEATURE_IMAGES = 50
-"""How many normal, and how many abnormal test images give features."""
+FEATURED = {LabelName.NORMAL: 50, LabelName.ABNORMAL: 50}
+"""How many normal and abnormal test images give features."""
+Look = Callable[[Any, ImageBatch, Sequence[int]], dict[str, Any]]
 
 
 class Recorder(Callback):
-    """Keeps what :meth:`look` makes of each test batch; of chosen images only where ``counts`` are given.
+    """Keeps what a function makes of each test batch; of chosen images only where ``counts`` are given.
 
     Args:
+        look: Function of the torch model, the batch and the rows to look at; returns values by name, one for each row.
         counts: How many normal and abnormal images to choose, the same ones for every method; all by default.
+
+    Attributes:
+        kept: Values of the last test by name, "paths" of images among them.
     """
 
-    def __init__(self, counts: Mapping[LabelName, int] | None = None) -> None:
-        self._counts = counts
+    def __init__(self, look: Look, counts: Mapping[LabelName, int] | None = None) -> None:
+        self._look, self._counts = look, counts
         self.kept: dict[str, list[Any]] = {}
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401  # Lightning's
         """Forget earlier tests, and choose images."""
         del pl_module
-        self.kept, self.chosen = {}, None
+        self.kept, self._chosen = {}, None
         if self._counts is not None:
             samples = trainer.datamodule.test_data.samples
             of_kind = {kind: samples[samples.label_index == kind] for kind in self._counts}
-            self.chosen = {path for kind, n in self._counts.items() for path in draw(of_kind[kind], n, seed=0).image_path}
+            self._chosen = {path for kind, n in self._counts.items() for path in draw(of_kind[kind], n, 0).image_path}
 
     def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: ImageBatch, *args: Any) -> None:  # noqa: ANN401
         """Look at the images of a batch."""
         del trainer, outputs, args
         paths = batch.image_path or []
-        rows = [row for row, path in enumerate(paths) if self.chosen is None or path in self.chosen]
+        rows = [row for row, path in enumerate(paths) if self._chosen is None or path in self._chosen]
         if rows:
             with torch.no_grad():
-                found = self.look(pl_module.model, batch, rows)
+                found = self._look(pl_module.model, batch, rows)
             for name, values in {"paths": [paths[row] for row in rows], **found}.items():
                 self.kept.setdefault(name, []).extend(values)
 
-    def look(self, model: Any, batch: ImageBatch, rows: Sequence[int]) -> dict[str, Any]:  # noqa: ANN401  # any torch model
-        """Return values of these rows of a batch by name, one for each row."""
-        raise NotImplementedError
-
 
 class ScoreRecorder(Recorder):
-    """Keeps the score of every tested image, and counts of its pixels where there are masks."""
+    """Keeps the label and score of every tested image, and counts ``(2, bins)`` of its pixels where there are masks."""
 
     _edges: torch.Tensor | None = None
+
+    def __init__(self) -> None:
+        super().__init__(self._scores)
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401
         """Forget the edges of bins too."""
         super().on_test_start(trainer, pl_module)
         self._edges = None
 
-    def look(self, model: Any, batch: ImageBatch, rows: Sequence[int]) -> dict[str, Any]:  # noqa: ANN401
-        """Return labels, scores and pixel counts ``(2, bins)``."""
-        del model, rows
+    def _scores(self, _model: Any, batch: ImageBatch, _rows: Sequence[int]) -> dict[str, Any]:  # noqa: ANN401
         scores = torch.as_tensor(batch.pred_score).float().flatten().tolist()
         found: dict[str, Any] = {"labels": torch.as_tensor(batch.gt_label).int().tolist(), "scores": scores}
         if batch.gt_mask is not None and batch.anomaly_map is not None:
@@ -93,7 +95,7 @@ class ScoreRecorder(Recorder):
             if self._edges is None:
                 even = torch.linspace(0, 1, PIXEL_BINS // 2, device=maps.device)
                 ranks = torch.linspace(0, maps.numel() - 1, PIXEL_BINS // 2, device=maps.device).long()
-                self._edges = torch.cat([even, maps.flatten().sort().values[ranks]]).sort().values
+                self._edges = torch.cat([even, maps.flatten().sort()[0][ranks]]).sort()[0]
             pairs = zip(torch.bucketize(maps, self._edges), batch.gt_mask.flatten(1) > 0, strict=True)
             counts = [torch.stack(count(bins, mask, PIXEL_BINS + 1)) for bins, mask in pairs]
             found["pixels"] = [one.int().cpu().numpy() for one in counts]
@@ -113,73 +115,67 @@ class ScoreRecorder(Recorder):
             np.savez_compressed(folder / "pixels.npz", counts=np.stack(self.kept["pixels"]))
 
 
-class PictureRecorder(Recorder):
-    """Keeps maps of some test images, level by level too where the model has levels (paper, Figure 4)."""
-
-    def __init__(self) -> None:
-        super().__init__(PICTURED)
-        self._levels: list[int] = []
-
-    def look(self, model: Any, batch: ImageBatch, rows: Sequence[int]) -> dict[str, Any]:  # noqa: ANN401
-        """Return the maps."""
-        found: dict[str, Any] = {}
-        if batch.anomaly_map is not None:
-            found["maps"] = _small(batch.anomaly_map[rows].reshape(len(rows), 1, *batch.anomaly_map.shape[-2:]))[:, 0]
-        if isinstance(model, MvfaModel):
-            self._levels = model.scored_levels
-            found["level_maps"] = _small(level_maps(model, torch.as_tensor(batch.image)[rows]))
-        return found
-
-    def save(self, folder: Path, samples: pd.DataFrame) -> None:
-        """Write ``pictures.npz``, unless the model has made no map.
-
-        Arrays: "paths", "labels" (M), "images" ``(M, S, S, 3)`` and "masks" ``(M, S, S)`` in 8 bits, the latter above 0
-        where abnormal and absent for data without masks, "maps" ``(M, S, S)`` in the model's own scale, "levels" (l)
-        and "level_maps" ``(M, l, S, S)``.
-
-        Args:
-            folder: Where to.
-            samples: Anomalib's table of the test images.
-        """
-        if "maps" not in self.kept:
-            return
-        rows = samples.set_index("image_path", drop=False).loc[self.kept["paths"]].sort_values("label_index", kind="stable")
-        order = [self.kept["paths"].index(path) for path in rows.image_path]
-        images = [read_image(path) for path in rows.image_path]
-        arrays: dict[str, Any] = {
-            "paths": rows.image_path.tolist(),
-            "labels": rows.label_index.astype(int).tolist(),
-            "images": [np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for image in images],
-            "maps": np.stack(self.kept["maps"])[order],
-            "levels": self._levels,
-            "level_maps": np.stack(self.kept["level_maps"])[order] if self._levels else [],
-        }
-        if samples.attrs.get("task") == "segmentation":
-            arrays["masks"] = [_mask(row, image) for (_, row), image in zip(rows.iterrows(), images, strict=True)]
-        np.savez_compressed(folder / "pictures.npz", **{name: np.asarray(array) for name, array in arrays.items()})
+def maps_of(model: Any, batch: ImageBatch, rows: Sequence[int]) -> dict[str, Any]:  # noqa: ANN401  # any torch model
+    """Return small anomaly maps, and those of each level where the model has levels (paper, Figure 4)."""
+    found: dict[str, Any] = {}
+    if batch.anomaly_map is not None:
+        found["maps"] = _small(batch.anomaly_map[rows].reshape(len(rows), 1, *batch.anomaly_map.shape[-2:]))[:, 0]
+    if isinstance(model, MvfaModel):
+        found["level_maps"] = _small(level_maps(model, torch.as_tensor(batch.image)[rows]))
+    return found
 
 
-class FeatureRecorder(Recorder):
-    """Keeps image features of the det branch with and without adapters in the stream (paper, Figure 6)."""
+def features_of(model: Any, batch: ImageBatch, rows: Sequence[int]) -> dict[str, Any]:  # noqa: ANN401  # any torch model
+    """Return features of the det branch with and without adapters, means over patches, of all levels side by side.
 
-    def __init__(self) -> None:
-        super().__init__(dict.fromkeys(PICTURED, FEATURE_IMAGES))
+    They are what the paper's Figure 6 shows; models without adapters in the stream have none.
+    """
+    if type(model) is not MvfaModel:
+        return {}
+    image = torch.as_tensor(batch.image)[rows]
+    found: dict[str, Any] = {"labels": torch.as_tensor(batch.gt_label)[rows].int().tolist()}
+    for name, levels in (("frozen", model.frozen_tokens(image)), ("adapted", model.tokens(image).det)):
+        found[name] = torch.cat([level[:, 1:].mean(dim=1) for level in levels], dim=-1).float().cpu().numpy()
+    return found
 
-    def look(self, model: Any, batch: ImageBatch, rows: Sequence[int]) -> dict[str, Any]:  # noqa: ANN401
-        """Return means over patches, of all levels side by side."""
-        if type(model) is not MvfaModel:
-            return {}
-        image = torch.as_tensor(batch.image)[rows]
-        found: dict[str, Any] = {"labels": torch.as_tensor(batch.gt_label)[rows].int().tolist()}
-        for name, levels in (("frozen", model.frozen_tokens(image)), ("adapted", model.tokens(image).det)):
-            found[name] = torch.cat([level[:, 1:].mean(dim=1) for level in levels], dim=-1).float().cpu().numpy()
-        return found
 
-    def save(self, folder: Path) -> None:
-        """Write ``features.npz``, where there are features: "labels" (N), "frozen" and "adapted", ``(N, D)`` each."""
-        if "labels" in self.kept:
-            arrays = {name: np.stack(self.kept[name]) for name in ("labels", "frozen", "adapted")}
-            np.savez_compressed(folder / "features.npz", **arrays)
+def save_features(recorder: Recorder, folder: Path) -> None:
+    """Write ``features.npz``, where there are features: "labels" (N), "frozen" and "adapted", ``(N, D)`` each."""
+    if "labels" in recorder.kept:
+        arrays = {name: np.stack(recorder.kept[name]) for name in ("labels", "frozen", "adapted")}
+        np.savez_compressed(folder / "features.npz", **arrays)
+
+
+def save_pictures(recorder: Recorder, folder: Path, samples: pd.DataFrame, levels: Sequence[int]) -> None:
+    """Write ``pictures.npz``, unless the model has made no map.
+
+    Arrays: "paths", "labels" (M), "images" ``(M, S, S, 3)`` and "masks" ``(M, S, S)`` in 8 bits, the latter above 0
+    where abnormal and absent for data without masks, "maps" ``(M, S, S)`` in the model's own scale, "levels" (l) and
+    "level_maps" ``(M, l, S, S)``.
+
+    Args:
+        recorder: What has kept :func:`maps_of`.
+        folder: Where to.
+        samples: Anomalib's table of the test images.
+        levels: The model's levels, if it has any.
+    """
+    kept = recorder.kept
+    if "maps" not in kept:
+        return
+    rows = samples.set_index("image_path", drop=False).loc[kept["paths"]].sort_values("label_index", kind="stable")
+    order = [kept["paths"].index(path) for path in rows.image_path]
+    images = [read_image(path) for path in rows.image_path]
+    arrays: dict[str, Any] = {
+        "paths": rows.image_path.tolist(),
+        "labels": rows.label_index.astype(int).tolist(),
+        "images": [np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for image in images],
+        "maps": np.stack(kept["maps"])[order],
+        "levels": list(levels) if "level_maps" in kept else [],
+        "level_maps": np.stack(kept["level_maps"])[order] if "level_maps" in kept else [],
+    }
+    if samples.attrs.get("task") == "segmentation":
+        arrays["masks"] = [_mask(row, image) for (_, row), image in zip(rows.iterrows(), images, strict=True)]
+    np.savez_compressed(folder / "pictures.npz", **{name: np.asarray(array) for name, array in arrays.items()})
 
 
 class Stopwatch(Callback):

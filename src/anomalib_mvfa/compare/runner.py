@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,8 +31,8 @@ from .results import JobResult, job_folder, read_result, supersede
 GRACE = 10
 """Seconds that a process has to end when told to."""
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(16 * 2**20)}
-"""Lets the GNU C library return large blocks to the system at once. By default it keeps blocks of up to 32 MiB, which grew
-to 18 GB in a coreset whose every step takes and frees a block of 31 MB."""
+"""Lets the GNU C library return large blocks to the system at once. By default it keeps blocks of up to 32 MiB, which
+grew to 18 GB in a coreset whose every step takes and frees a block of 31 MB."""
 PREEMPTED = ("CANCELLED", "NODE_FAIL", "PREEMPTED", "REVOKED")
 """States of Slurm that say nothing about the job itself."""
 
@@ -40,8 +40,8 @@ PREEMPTED = ("CANCELLED", "NODE_FAIL", "PREEMPTED", "REVOKED")
 def compare(comparison: Comparison, output: Path, workers: int | None = None) -> list[JobResult]:
     """Run the jobs of a comparison that have not finished yet; :func:`~anomalib_mvfa.compare.report.report` shows them.
 
-    A finished job is run again only if something changed that its numbers depend on; its earlier results are moved away.
-    A job that has failed or was interrupted is run again.
+    A finished job is run again only if something changed that its numbers depend on; its earlier results are moved
+    away. A job that has failed or was interrupted is run again.
 
     Args:
         comparison: What to compare.
@@ -150,8 +150,10 @@ def _environment(threads: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), **ENVIRONMENT, **os.environ, "PYTHONPATH": paths}
 
 
-def _on_this_machine(jobs: list[Job], run: Path, timeout_min: int | None, workers: int, gpus: int) -> Iterator[JobResult]:
-    """Run jobs in processes; whatever ends this one, such as Ctrl-C, ends those in flight and marks them interrupted."""
+def _on_this_machine(
+    jobs: list[Job], run: Path, timeout_min: int | None, workers: int, gpus: int
+) -> Iterator[JobResult]:
+    """Run jobs in processes; whatever ends this one, such as Ctrl-C, ends them too and marks them interrupted."""
     environment = _environment(max((os.cpu_count() or 1) // workers, 1))
     waiting, free = jobs[::-1], [*range(workers)][::-1]
     running: dict[int, tuple[Job, subprocess.Popen, float]] = {}  # by worker
@@ -228,12 +230,16 @@ def _on_cluster(jobs: list[Job], run: Path, timeout_min: int | None, parameters:
     with executor.batch():
         handles = [executor.submit(function(_command(job, run), env=ENVIRONMENT)) for job in jobs]
     waiting = dict(zip(handles, jobs, strict=True))
-    with ExitStack() as stack:
-        stack.callback(lambda: [handle.cancel() for handle in waiting])
+    try:
         for handle in submitit.helpers.as_completed(handles, poll_frequency=1):
-            job = waiting.pop(handle)
-            error, state = handle.exception(), handle.state
+            job, ended, state = waiting.pop(handle), handle.exception(), handle.state
             result = read_result(run, job.folder)
-            if result is None and error is not None and state.startswith(PREEMPTED):
+            if result is None and state.startswith(PREEMPTED):
                 result = write_failure(job, run, "", status="interrupted")
-            yield result or write_failure(job, run, f"{state}: {error}. See {handle.paths.stderr}.".replace("\n", " "))
+            message = " ".join(f"{state}: {ended}. See {handle.paths.stderr}.".split())
+            yield result or write_failure(job, run, message)
+    finally:
+        for handle, job in waiting.items():
+            handle.cancel()
+            if read_result(run, job.folder) is None:
+                write_failure(job, run, "", status="interrupted")
