@@ -63,7 +63,7 @@ def test_published_scores(run, category, monkeypatch):
         assert "pixel_AUROC" not in metrics
     if category == "Chest":
         recorder = next(c for c in cli.engine.trainer.callbacks if isinstance(c, ScoreRecorder))
-        names = [Path(path).name for path in recorder.scores.paths]
+        names = [Path(path).name for path in recorder.kept["paths"]]
         rows = [names.index(name) for name in figures["files"]]
         for branch, key in (("zero", "zero_det_mean"), ("few", "few_det_mean")):
             values = torch.cat([getattr(score, branch) for score in seen])[-len(names) :][rows]

@@ -81,7 +81,7 @@ def fill_extractor(extractor: TimmFeatureExtractor, path: str | None) -> None:
         ValueError: It is no state dict, or does not fit.
     """
     features = {"features_only": True, "exportable": True, "out_indices": extractor.idx}
-    arguments = {"dynamic_img_size": True} if extractor._uses_intermediates else features  # noqa: SLF001  # as it was built
+    arguments = {"dynamic_img_size": True} if extractor._uses_intermediates else features  # noqa: SLF001  # as built
     if path is None:
         with drawn_from(RANDOM_SEED):
             network = timm.create_model(extractor.backbone, **arguments)

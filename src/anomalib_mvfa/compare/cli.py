@@ -42,7 +42,7 @@ def main(command: str, arguments: Sequence[str]) -> int:
         Exit code: 0 if every job has finished, 1 if one has not, 130 after Ctrl-C, 143 after SIGTERM.
     """
     kind = argparse.ArgumentParser if command == "repeat" else ArgumentParser  # jsonargparse's takes no unknown options
-    parser = kind(prog=f"anomalib-mvfa {command}", description=COMMANDS[command])
+    parser: Any = kind(prog=f"anomalib-mvfa {command}", description=COMMANDS[command])
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         return {"compare": _compare, "report": _report, "repeat": _repeat}[command](parser, [*arguments])
@@ -82,7 +82,7 @@ def _report(parser: ArgumentParser, arguments: list[str]) -> int:
     return 0
 
 
-def _repeat(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
+def _repeat(parser: Any, arguments: list[str]) -> int:  # noqa: ANN401  # argparse's
     parser.add_argument("--seeds", default="0,1,2", help="Seeds of the model and the datamodule, with commas between.")
     parser.add_argument("--output", type=Path, default=Path("results/repeat"), help="Folder of the results.")
     parser.add_argument("--workers", type=int, help="Jobs at a time; by default one for each GPU.")
