@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import yaml
 
-from anomalib_mvfa.compare.bootstrap import Scores, image_aurocs, pixel_aurocs
-from anomalib_mvfa.compare.results import Features, Pictures, Row, job_folder, write_row
+from anomalib_mvfa.compare.results import JobResult, job_folder
+from anomalib_mvfa.compare.statistics import f1, image_auroc, pixel_auroc
 
 EVIL = 'R&D <script>alert("x")</script>'
 """A name of a method that must reach the page as text."""
@@ -16,11 +17,11 @@ MASKED = ("Brain",)
 SIDE = 24
 
 
-def make_row(method: str, protocol: str, category: str, k_shot: int | None, seed: int, **others) -> Row:
-    """Return a finished job's row; image and pixel AUROC are ``image`` and ``pixel`` if given."""
+def make_result(method: str, protocol: str, category: str, k_shot: int | None, seed: int, **others) -> JobResult:
+    """Return a finished job's result; image and pixel AUROC are ``image`` and ``pixel`` if given."""
     metrics = {f"{level}_AUROC": others.pop(level) for level in ("image", "pixel") if level in others}
     job = f"{method}-{category}-k{k_shot}-s{seed}"
-    row = Row(
+    result = JobResult(
         method=method,
         protocol=protocol,
         category=category,
@@ -31,6 +32,7 @@ def make_row(method: str, protocol: str, category: str, k_shot: int | None, seed
         metrics=metrics,
         images={"train": 2 * (k_shot or 8), "validate": 6, "test": 16},
         test_set=f"digest of {category}",
+        epochs=50,
         weights="clip.pt",
         seconds={"fit": 75.0, "image": 0.0123, "job": 80.0},
         parameters={"all": 427_000_000, "trained": 12_600_000},
@@ -40,29 +42,34 @@ def make_row(method: str, protocol: str, category: str, k_shot: int | None, seed
         versions={"anomalib": "2.7.0", "torch": "2.14.1"},
         date=f"2026-11-2{seed}T10:00:00+00:00",
     )
-    return replace(row, **others)
+    return replace(result, **others)
 
 
-def write_job(run: Path, row: Row, scores: Scores | None = None) -> Path:
-    """Write a job's row and scores; return its folder."""
-    folder = job_folder(run, row.job)
-    folder.mkdir(parents=True)
+def write_job(run: Path, result: JobResult, scores: pd.DataFrame | None = None, pixels=None) -> Path:
+    """Write a job's result, scores (image, label, score, predicted) and counts of pixels; return its folder."""
+    folder = job_folder(run, result.job)
+    folder.mkdir(parents=True, exist_ok=True)
     if scores is not None:
-        scores.save(folder / "scores.npz")
-    write_row(folder, row)
+        scores.to_csv(folder / "scores.csv", index=False)
+    if pixels is not None:
+        np.savez_compressed(folder / "pixels.npz", counts=pixels)
+    result.write(folder)
     return folder
 
 
-def write_config(run: Path, methods: list[str], **others) -> None:
+def write_config(run: Path, methods: dict[str, dict] | list[str], **others) -> None:
     """Write the comparison as it was asked for."""
     config = {
         "title": "A comparison",
         "paper": None,
-        "methods": {name: {} for name in methods},
+        "methods": methods if isinstance(methods, dict) else {name: {} for name in methods},
         "categories": None,
         "k_shots": [2, 4],
         "seeds": [0, 1],
         "group_by": None,
+        "reference": None,
+        "select_epoch_on_test": False,
+        "weights": {},
     }
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(yaml.safe_dump(config | others, sort_keys=False))
@@ -70,41 +77,56 @@ def write_config(run: Path, methods: list[str], **others) -> None:
 
 def write_run(run: Path, **config) -> None:
     """Write a run of several methods, categories, shots and seeds: one job failed, one method with random weights."""
-    write_config(run, [*METHODS], **{"title": "Brain & <b>chest</b>", **config})
+    methods = {
+        name: {"protocol": protocol, "model": {"class_path": name, "init_args": {"image_size": 240}}, "trainer": {}}
+        for name, protocol in METHODS.items()
+    }
+    write_config(run, methods, **{"title": "Brain & <b>chest</b>", **config})
     for method, protocol in METHODS.items():
         for category in ("Brain", "Chest"):
             for k_shot in (2, 4) if protocol.startswith("few") else (None,):
                 for seed in (0, 1):
                     _write_drawn(run, method, protocol, category, k_shot, seed)
-    broken = make_row("MVFA", "few_shot", "Chest", 4, 1, error="OutOfMemoryError: <b>no</b> memory", metrics={})
-    write_row(job_folder(run, broken.job), broken)
+    broken = {"status": "failed", "error": "OutOfMemoryError: <b>no</b> memory", "metrics": {}}
+    write_job(run, make_result("MVFA", "few_shot", "Chest", 4, 1, **broken))
+
+
+def drawn_scores(rng: np.random.Generator, count: int = 16, shift: float = 0.4, category: str = "Brain"):
+    """Return drawn scores of images, half of them abnormal and two of each patient, as a table of a job."""
+    labels = np.arange(count) % 2
+    scores = rng.random(count) + shift * labels
+    paths = [f"data/{category}/patient{index // 2}/{index:03d}.png" for index in range(count)]
+    return pd.DataFrame({"image": paths, "label": labels, "score": scores, "predicted": (scores > 0.6).astype(int)})
 
 
 def _write_drawn(run: Path, method: str, protocol: str, category: str, k_shot: int | None, seed: int) -> None:
     rng = np.random.default_rng([[*METHODS].index(method), category in MASKED, k_shot or 0, seed])
-    labels = np.arange(16) % 2
-    paths = [f"data/{category}/patient{index // 2}/{index:03d}.png" for index in range(16)]
-    scores = Scores(paths, labels.tolist(), (rng.random(16) + 0.4 * labels).tolist())
-    once = np.ones((1, 16))
-    figures = {"image": image_aurocs(np.array(scores.values), labels, once).item()}
+    scores = drawn_scores(rng, category=category)
+    labels, predicted = scores.label.to_numpy(), scores.predicted.to_numpy()
+    once = np.ones((1, len(scores)))
+    metrics = {
+        "image_AUROC": image_auroc(scores.score.to_numpy(), labels, once).item(),
+        "image_F1Score": f1(predicted, labels, once).item(),
+    }
+    pixels = None
     if category in MASKED:
-        scores.pixels = [*(rng.integers(1, 9, (16, 2, 5)) * [[5, 4, 3, 2, 1], [1, 2, 3, 4, 5]])]
-        figures["pixel"] = pixel_aurocs(np.stack(scores.pixels), once).item()
-    row = make_row(method, protocol, category, k_shot, seed, random_weights=method == "WinCLIP", **figures)
-    row.metrics["image_F1Score"] = 0.5
-    folder = write_job(run, row, scores)
+        pixels = rng.integers(1, 9, (16, 2, 5)) * [[5, 4, 3, 2, 1], [1, 2, 3, 4, 5]]
+        metrics |= {"pixel_AUROC": pixel_auroc(pixels, once).item(), "pixel_F1Score": 0.5}
+    result = make_result(method, protocol, category, k_shot, seed, random_weights=method == "WinCLIP", metrics=metrics)
+    folder = write_job(run, result, scores, pixels)
     shown = 3
     masks = np.zeros((shown, SIDE, SIDE), np.uint8)
     masks[1, 5:12, 6:14] = 255
-    Pictures(
-        paths=paths[:shown],
-        labels=labels[:shown].tolist(),
-        images=rng.integers(0, 255, (shown, SIDE, SIDE, 3), np.uint8),
-        masks=masks if category in MASKED else None,
-        maps=rng.random((shown, SIDE, SIDE), np.float32),
-        levels=[6, 12] if method == "MVFA" else [],
-        level_maps=rng.random((shown, 2, SIDE, SIDE), np.float32) if method == "MVFA" else np.zeros(0),
-    ).save(folder / "pictures.npz")
+    pictures = {
+        "paths": scores.image[:shown].to_numpy(str),
+        "labels": labels[:shown],
+        "images": rng.integers(0, 255, (shown, SIDE, SIDE, 3), np.uint8),
+        "maps": rng.random((shown, SIDE, SIDE), np.float32),
+    }
+    pictures |= {"masks": masks} if category in MASKED else {}
     if method == "MVFA":
+        pictures |= {"levels": np.array([6, 12]), "level_maps": rng.random((shown, 2, SIDE, SIDE), np.float32)}
         frozen = rng.normal(size=(16, 8))
-        Features(labels, frozen, frozen + 3 * labels[:, None]).save(folder / "features.npz")
+        adapted = frozen + 3 * labels[:, None]
+        np.savez_compressed(folder / "features.npz", labels=labels, frozen=frozen, adapted=adapted)
+    np.savez_compressed(folder / "pictures.npz", **pictures)
