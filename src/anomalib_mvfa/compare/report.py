@@ -14,15 +14,19 @@ from . import figures, tables
 from .paper import paper_table
 from .results import job_folder, read_arrays
 
+TEMPLATE = "report.html.jinja"
+MAIN = ("image_AUROC", "pixel_AUROC")
+"""Metrics that are shown from the start; others are folded."""
 SHOWN_K = 4
 """K of the images, as in the paper's figures; the largest one where there is none of 4."""
 SHOWN_IMAGES = (4, 2)
 """How many abnormal and normal images of a category are shown at most."""
 LEVEL_IMAGES = (2, 0)
-MAIN = ("image_AUROC", "pixel_AUROC")
-"""Metrics whose tables and verdicts are open from the start."""
-UNITS = {"s": ((3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms")), "": ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""))}
-UNITS["MiB"] = ((1024, "GiB"), (1, "MiB"))
+UNITS = {
+    "s": {"h": 3600, "min": 60, "s": 1, "ms": 1e-3},
+    "MiB": {"GiB": 1024, "MiB": 1},
+    "": {"G": 1e9, "M": 1e6, "k": 1e3, "": 1},
+}
 
 
 def report(run: Path, resamples: int = 1000) -> Path:
@@ -48,9 +52,9 @@ def report(run: Path, resamples: int = 1000) -> Path:
     files = {
         "scores.csv": tables.to_csv(images),
         "results.csv": tables.to_csv(outcome.results),
-        "results.md": tables.to_markdown(cells),
-        "results.tex": tables.to_latex(cells),
-        "index.html": render(run, outcome, cells, images, resamples),
+        "results.md": tables.to_markdown(outcome, cells),
+        "results.tex": tables.to_latex(outcome, cells),
+        "index.html": render(outcome, cells, images, resamples),
     }
     for name, text in files.items():
         with atomic_write(run / "report" / name) as partial:
@@ -58,20 +62,18 @@ def report(run: Path, resamples: int = 1000) -> Path:
     return run / "report" / "index.html"
 
 
-def render(run: Path, outcome: tables.Outcome, cells: pd.DataFrame, images: pd.DataFrame, resamples: int) -> str:
+def render(outcome: tables.Outcome, cells: pd.DataFrame, images: pd.DataFrame, resamples: int) -> str:
     """Return the page.
 
     Args:
-        run: Folder of the run, for pictures and features.
         outcome: What was compared.
         cells: See :func:`~anomalib_mvfa.compare.tables.cells`.
         images: See :func:`~anomalib_mvfa.compare.tables.per_image`.
         resamples: Number of resamples behind the intervals.
     """
-    finished = outcome.finished
-    shots = sorted(cells.k_shot.dropna().astype(int).unique().tolist())
+    shots = cells.k_shot.dropna().drop_duplicates().sort_values().tolist()
     shown_k = SHOWN_K if SHOWN_K in shots else max(shots, default=None)
-    random = {result.method for result in finished if result.random_weights}
+    random = {result.method for result in outcome.finished if result.random_weights}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -82,35 +84,30 @@ def render(run: Path, outcome: tables.Outcome, cells: pd.DataFrame, images: pd.D
     environment.tests["known"] = pd.notna
     environment.filters |= {
         "breakable": breakable,
-        "named": lambda method: breakable(method) + Markup("&nbsp;†") * (method in random),
+        "named": lambda name: breakable(name) + Markup("&nbsp;†") * (name in random),
         "percent": lambda share, digits=2: f"{100 * share:.{digits}f}",
-        "points": lambda share: f"{100 * share:+.1f}".replace("-", "\N{MINUS SIGN}"),
+        "points": lambda share, sign="+": f"{100 * share:{sign}.1f}".replace("-", "\N{MINUS SIGN}"),
         "scaled": scaled,
-        "by": lambda frame, column: {getattr(line, column): line for line in frame.itertuples()},
-        "parts": lambda frame, *columns: frame.groupby([*columns] if columns[1:] else columns[0], sort=False, dropna=False),
+        "by": lambda table, column: {getattr(line, column): line for line in table.itertuples()},
+        "parts": lambda table, *names: table.groupby([*names] if names[1:] else names[0], sort=False, dropna=False),
+        "each": lambda results, name: each(getattr(result, name) for result in results),
     }
-    return environment.get_template("report.html.jinja").render(
-        config=outcome.config,
-        results=outcome.results,
-        finished=finished,
+    return environment.get_template(TEMPLATE).render(
+        outcome=outcome,
         cells=cells.join(tables.sentences(cells).rename("sentence")),
         images=images,
-        lacking=tables.lacking(outcome),
         resamples=resamples,
-        paper=paper_table(outcome.config["paper"]) if outcome.config.get("paper") else None,
-        titles=tables.METRICS,
-        protocols=tables.PROTOCOLS,
+        paper=paper_table(outcome.config["paper"]) if outcome.config["paper"] else None,
+        lacking=tables.lacking(outcome),
+        tables=tables,
+        figures=figures,
         main=MAIN,
         shots=shots,
         shown_k=shown_k,
         charts=_charts(cells, list(outcome.config["methods"])),
-        markers=figures.MARKERS,
-        outline=figures.OUTLINE,
-        chart=figures.CHART,
-        side=figures.SIDE,
-        each=_each,
-        **_pictures(run, outcome, shown_k),
         costs=_costs(outcome),
+        versions=each(" ".join(item) for result in outcome.finished for item in result.versions.items()),
+        **_pictures(outcome, shown_k),
     )
 
 
@@ -119,18 +116,15 @@ def breakable(name: str) -> Markup:
     return escape(name).replace("_", Markup("_<wbr>"))
 
 
-def scaled(value: float, unit: str) -> str:
-    """Return a time in seconds ("s"), a memory in MiB ("MiB") or a count (""), to two or three digits."""
-    if pd.isna(value):
-        return "–"
-    scale, name = next(((scale, name) for scale, name in UNITS[unit] if value >= scale), UNITS[unit][-1])
-    digits = 0 if value / scale >= 100 or not name else 1 if value / scale >= 10 else 2
-    return f"{value / scale:.{digits}f} {name}".rstrip()
+def scaled(value: float, unit: str = "") -> str:
+    """Return a time in seconds ("s"), a memory in MiB ("MiB") or a count (""), to three digits."""
+    scale, name = next(((s, name) for name, s in UNITS[unit].items() if value >= s), (1, unit))
+    return "–" if pd.isna(value) else f"{float(f'{value / scale:.3g}'):g} {name}".rstrip()
 
 
-def _each(values: Iterable[Any]) -> list[Any]:
-    """Return the values without repetition, in their order; those that are None or empty are left out."""
-    return [value for value in dict.fromkeys(values) if value not in (None, "")]
+def each(values: Iterable[Any]) -> list[Any]:
+    """Return the values once each, in their order, without None."""
+    return [value for value in dict.fromkeys(values) if value is not None]
 
 
 def _charts(cells: pd.DataFrame, methods: list[str]) -> list[dict[str, Any]]:
@@ -143,35 +137,52 @@ def _charts(cells: pd.DataFrame, methods: list[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _pictures(run: Path, outcome: tables.Outcome, shown_k: int | None) -> dict[str, list[dict[str, Any]]]:
+def _costs(outcome: tables.Outcome) -> pd.DataFrame:
+    """Return medians over categories and seeds, of each method, K and device."""
+    keys = ["method", "k_shot", "device"]
+    costs = pd.DataFrame(
+        {
+            "method": result.method,
+            "k_shot": result.k_shot,
+            "device": result.device,
+            "fit": result.seconds.get("fit"),
+            "image": result.seconds.get("image"),
+            "parameters": result.parameters.get("all"),
+            "trained": result.parameters.get("trained"),
+            "memory": result.memory_mb,
+        }
+        for result in outcome.finished
+    )
+    costs = costs.astype({"k_shot": "Int64"} | dict.fromkeys(costs.columns.drop(keys), float))
+    groups = costs.groupby(keys, sort=False, dropna=False)
+    return groups.median().assign(jobs=groups.size()).reset_index()
+
+
+def _pictures(outcome: tables.Outcome, shown_k: int | None) -> dict[str, list[dict[str, Any]]]:
     """Return the methods side by side, the maps of levels, and t-SNE plots; one category after the other."""
     found: dict[str, list[dict[str, Any]]] = {"grids": [], "levels": [], "scatters": []}
     for category in outcome.categories:
-        pictures = _first(run, outcome, category, shown_k, "pictures.npz")
+        pictures = _first(outcome, category, shown_k, "pictures.npz")
         if pictures:
             found["grids"].append({"category": category, "method": None, "strips": _side_by_side(pictures)})
         for method, saved in pictures.items():
-            if len(saved["levels"]):
+            if len(saved.get("levels", ())):
                 strips = [_levels(saved, index) for index in _chosen(saved["labels"], LEVEL_IMAGES)]
                 found["levels"].append({"category": category, "method": method, "strips": strips})
-        for method, saved in _first(run, outcome, category, shown_k, "features.npz").items():
-            if _spread_out(saved):
+        for method, saved in _first(outcome, category, shown_k, "features.npz").items():
+            for features in ("frozen", "adapted") if _spread_out(saved) else ():
                 shown = figures.drawn(len(saved["labels"]))
-                plots = {name: figures.embed(saved[name][shown]).tolist() for name in ("frozen", "adapted")}
-                labels, all_images = saved["labels"][shown].tolist(), len(saved["labels"])
-                found["scatters"].append(
-                    {"category": category, "method": method, "plots": plots, "labels": labels, "images": all_images}
-                )
+                points = np.column_stack([figures.embed(saved[features][shown]), saved["labels"][shown]]).tolist()
+                plot = {"features": features, "points": points, "images": len(saved["labels"])}
+                found["scatters"].append({"category": category, "method": method, **plot})
     return found
 
 
-def _first(
-    run: Path, outcome: tables.Outcome, category: str, k_shot: int | None, file: str
-) -> dict[str, dict[str, np.ndarray]]:
+def _first(outcome: tables.Outcome, category: str, k_shot: int | None, file: str) -> dict[str, dict[str, np.ndarray]]:
     """Return a file of each method's first seed that has it, by method."""
     found: dict[str, dict[str, np.ndarray]] = {}
     for result in outcome.finished:
-        path = job_folder(run, result.job) / file
+        path = job_folder(outcome.run, result.job) / file
         is_shown = result.category == category and result.k_shot in (k_shot, None)
         if is_shown and result.method not in found and path.is_file():
             found[result.method] = read_arrays(path)
@@ -180,8 +191,7 @@ def _first(
 
 def _chosen(labels: np.ndarray, most: tuple[int, int]) -> list[int]:
     """Return indices of images: abnormal ones first, then normal ones."""
-    kinds = np.flatnonzero(labels)[: most[0]], np.flatnonzero(labels == 0)[: most[1]]
-    return np.concatenate(kinds).tolist() or list(range(min(sum(most), len(labels))))
+    return [*np.flatnonzero(labels)[: most[0]], *np.flatnonzero(labels == 0)[: most[1]]]
 
 
 def _strip(saved: Mapping[str, np.ndarray], index: int, maps: Mapping[str, np.ndarray | None]) -> dict[str, Any]:
@@ -215,21 +225,3 @@ def _spread_out(features: Mapping[str, np.ndarray]) -> bool:
     values = [features["frozen"], features["adapted"]]
     differ = all(np.isfinite(one).all() and np.ptp(one, axis=0).any() for one in values)
     return differ and len(np.unique(features["labels"])) > 1 and len(features["labels"]) >= figures.FEWEST_POINTS
-
-
-def _costs(outcome: tables.Outcome) -> pd.DataFrame:
-    """Return medians over categories and seeds, of each method, K and device."""
-    keys = ["method", "k_shot", "device"]
-    costs = pd.DataFrame(
-        [
-            {
-                **{key: getattr(result, key) for key in keys},
-                **{name: result.seconds.get(name) for name in ("fit", "image")},
-                **{name: result.parameters.get(name) for name in ("all", "trained")},
-                "memory": result.memory_mb,
-            }
-            for result in outcome.finished
-        ]
-    ).astype(dict.fromkeys(("fit", "image", "all", "trained", "memory"), float))
-    groups = costs.groupby(keys, sort=False, dropna=False)
-    return groups.median().assign(jobs=groups.size()).reset_index()
