@@ -1,17 +1,13 @@
-"""Pictures as data URIs, and what the charts of the report draw.
+"""Pictures as data URIs, and features in two dimensions.
 
 Axes: H x W pixels, N images.
 """
 
 import base64
 import io
-from collections.abc import Sequence
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
-from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageFilter
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
@@ -25,20 +21,6 @@ MAP_COLOURS = "inferno"
 MAP_SHARE = 0.72
 """Share of the map's colours where a map is laid over its image."""
 
-MARKERS = (
-    "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z",  # circle
-    "M-3-3h6v6h-6z",  # square
-    "M0-4L4 3h-8z",  # triangle
-    "M0 4L4-3h-8z",
-    "M0-4.5L4 0L0 4.5L-4 0z",  # diamond
-    "M-1-4h2v3h3v2h-3v3h-2v-3h-3v-2h3z",  # plus
-    "M-4 0L3-4v8z",
-    "M4 0L-3-4v8z",
-)
-"""Outlines around (0, 0), which tell methods apart without colours; the page has as many colours."""
-
-CHART = (320, 220)
-"""Width and height of a chart."""
 MOST_POINTS = 500
 """In a t-SNE plot; of more images, a seeded draw is shown."""
 FEWEST_POINTS = 10
@@ -77,47 +59,25 @@ def _colours(scores: np.ndarray) -> np.ndarray:
     return mpl.colormaps[MAP_COLOURS](values)[..., :3] * 255
 
 
-def shots_chart(cells: pd.DataFrame, methods: Sequence[str]) -> dict[str, Any]:
-    """Lay out a chart of a metric against K, in pixels from the upper left of ``CHART``.
+def embed(features: np.ndarray, labels: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Place images in two dimensions by t-SNE, with the same settings for all features.
 
     Args:
-        cells: Lines of one metric and category, see :func:`~anomalib_mvfa.compare.tables.cells`.
-        methods: All methods, in the order of colours and markers.
+        features: Features of the images ``(N, D)``.
+        labels: 1 where abnormal ``(N)``.
+        seed: Of the draw among more than ``MOST_POINTS`` images, and of t-SNE.
 
     Returns:
-        "x": places by K; "y": heights by round shares; "lines": the cells with "index" of the method, "x", and the
-        heights "y" of the mean, "top" and "bottom" of its interval, and "y_paper" of the paper's figure.
+        Places in the unit square and labels, a row for each image that is drawn ``(n, 3)``; none where there is nothing
+        to see: with few images, of one kind, or with features that are equal or not finite.
     """
-    (width, height), edge = CHART, 30
-    shares = cells[["mean", "low", "high", "paper"]].to_numpy(float)
-    low, high = np.nanmin(shares), np.nanmax(shares)
-    marks = MaxNLocator(5, steps=[1, 2, 5, 10], min_n_ticks=2).tick_values(low, high).round(4)
-    low, high = max(marks[0], 0), min(marks[-1], 1)
-    shots = np.unique(cells.k_shot.astype(int))
-    places = dict(zip(shots.tolist(), np.linspace(2 * edge, width - edge, len(shots)).tolist(), strict=True))
-
-    def tall(share: Any) -> Any:  # noqa: ANN401  # a number or a column of a table
-        return 10 + (height - 10 - edge) * (high - share) / (high - low)
-
-    index = cells.method.map(list(methods).index)
-    columns = {"y": "mean", "top": "high", "bottom": "low", "y_paper": "paper"}
-    aside = 3 * (index - (len(methods) - 1) / 2)  # intervals of several methods beside each other
-    lines = cells.assign(index=index, x=cells.k_shot.map(places) + aside, **{k: tall(cells[v]) for k, v in columns.items()})
-    return {"x": places, "y": {share: tall(share) for share in marks[(marks >= low) & (marks <= high)].tolist()}, "lines": lines}
-
-
-def embed(features: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Return features ``(N, D)`` in two dimensions ``(N, 2)``, by t-SNE with the same settings for all.
-
-    The points span the unit square.
-    """
+    shown = np.sort(np.random.default_rng(seed).permutation(len(features))[:MOST_POINTS])
+    features, labels = features[shown], labels[shown]
+    differ = np.isfinite(features).all() and np.ptp(features, axis=0).any() and np.ptp(labels)
+    if len(features) < FEWEST_POINTS or not differ:
+        return np.zeros((0, 3))
     if min(features.shape) > WIDTH:
         features = PCA(WIDTH, svd_solver="full").fit_transform(features)
     perplexity = min(30.0, (len(features) - 1) / 3)
     points = TSNE(perplexity=perplexity, init="pca", max_iter=1000, random_state=seed).fit_transform(features)
-    return (points - points.min(axis=0)) / np.ptp(points, axis=0).clip(1e-9)
-
-
-def drawn(count: int, seed: int = 0) -> np.ndarray:
-    """Return which of ``count`` images a t-SNE plot shows, at most ``MOST_POINTS``."""
-    return np.sort(np.random.default_rng(seed).permutation(count)[:MOST_POINTS])
+    return np.column_stack([(points - points.min(axis=0)) / np.ptp(points, axis=0).clip(1e-9), labels])

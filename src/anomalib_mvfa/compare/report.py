@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from ..io import atomic_write
 from . import figures, tables
 from .paper import paper_table
-from .results import job_folder, read_arrays
+from .results import JobResult, job_folder, read_arrays
 
 TEMPLATE = "report.html.jinja"
 MAIN = ("image_AUROC", "pixel_AUROC")
@@ -104,8 +104,7 @@ def render(outcome: tables.Outcome, cells: pd.DataFrame, images: pd.DataFrame, r
         main=MAIN,
         shots=shots,
         shown_k=shown_k,
-        charts=_charts(cells, list(outcome.config["methods"])),
-        costs=_costs(outcome),
+        costs=_costs(outcome.finished),
         versions=each(" ".join(item) for result in outcome.finished for item in result.versions.items()),
         **_pictures(outcome, shown_k),
     )
@@ -119,7 +118,7 @@ def breakable(name: str) -> Markup:
 def scaled(value: float, unit: str = "") -> str:
     """Return a time in seconds ("s"), a memory in MiB ("MiB") or a count (""), to three digits."""
     scale, name = next(((s, name) for name, s in UNITS[unit].items() if value >= s), (1, unit))
-    return "–" if pd.isna(value) else f"{float(f'{value / scale:.3g}'):g} {name}".rstrip()
+    return "\N{EN DASH}" if pd.isna(value) else f"{float(f'{value / scale:.3g}'):g} {name}".rstrip()
 
 
 def each(values: Iterable[Any]) -> list[Any]:
@@ -127,101 +126,65 @@ def each(values: Iterable[Any]) -> list[Any]:
     return [value for value in dict.fromkeys(values) if value is not None]
 
 
-def _charts(cells: pd.DataFrame, methods: list[str]) -> list[dict[str, Any]]:
-    """Return AUROC against K of each metric and category that has more than one K."""
-    known = cells[cells.metric.isin(MAIN) & cells["mean"].notna() & cells.k_shot.notna()]
-    return [
-        {"metric": metric, "category": category, **figures.shots_chart(part, methods)}
-        for (metric, category), part in known.groupby(["metric", "category"], sort=False)
-        if part.k_shot.nunique() > 1
-    ]
-
-
-def _costs(outcome: tables.Outcome) -> pd.DataFrame:
+def _costs(results: list[JobResult]) -> pd.DataFrame:
     """Return medians over categories and seeds, of each method, K and device."""
-    keys = ["method", "k_shot", "device"]
-    costs = pd.DataFrame(
-        {
-            "method": result.method,
-            "k_shot": result.k_shot,
-            "device": result.device,
-            "fit": result.seconds.get("fit"),
-            "image": result.seconds.get("image"),
-            "parameters": result.parameters.get("all"),
-            "trained": result.parameters.get("trained"),
-            "memory": result.memory_mb,
-        }
-        for result in outcome.finished
-    )
-    costs = costs.astype({"k_shot": "Int64"} | dict.fromkeys(costs.columns.drop(keys), float))
-    groups = costs.groupby(keys, sort=False, dropna=False)
+    keys, costs = ["method", "k_shot", "device"], ["fit", "image", "all", "trained", "memory"]
+    rows = [vars(job) | job.seconds | job.parameters | {"memory": job.memory_mb} for job in results]
+    table = pd.DataFrame(rows).reindex(columns=keys + costs)
+    table = table.astype({"k_shot": "Int64"} | dict.fromkeys(costs, float))
+    groups = table.groupby(keys, sort=False, dropna=False)
     return groups.median().assign(jobs=groups.size()).reset_index()
 
 
 def _pictures(outcome: tables.Outcome, shown_k: int | None) -> dict[str, list[dict[str, Any]]]:
-    """Return the methods side by side, the maps of levels, and t-SNE plots; one category after the other."""
-    found: dict[str, list[dict[str, Any]]] = {"grids": [], "levels": [], "scatters": []}
+    """Return the methods side by side, maps of their blocks, and t-SNE plots; one category after the other."""
+    found: dict[str, list[dict[str, Any]]] = {"grids": [], "scatters": []}
     for category in outcome.categories:
         pictures = _first(outcome, category, shown_k, "pictures.npz")
-        if pictures:
-            found["grids"].append({"category": category, "method": None, "strips": _side_by_side(pictures)})
+        for first in [*pictures.values()][:1]:
+            by_path = {
+                method: dict(zip(saved["paths"], saved["maps"], strict=True)) for method, saved in pictures.items()
+            }
+            maps = {method: [one.get(path) for path in first["paths"]] for method, one in by_path.items()}
+            found["grids"].append({"category": category, "method": None, "strips": _strips(first, maps, SHOWN_IMAGES)})
         for method, saved in pictures.items():
             if len(saved.get("levels", ())):
-                strips = [_levels(saved, index) for index in _chosen(saved["labels"], LEVEL_IMAGES)]
-                found["levels"].append({"category": category, "method": method, "strips": strips})
+                maps = {f"Block {level}": saved["level_maps"][:, at] for at, level in enumerate(saved["levels"])}
+                strips = _strips(saved, {**maps, "All blocks": saved["maps"]}, LEVEL_IMAGES)
+                found["grids"].append({"category": category, "method": method, "strips": strips})
         for method, saved in _first(outcome, category, shown_k, "features.npz").items():
-            for features in ("frozen", "adapted") if _spread_out(saved) else ():
-                shown = figures.drawn(len(saved["labels"]))
-                points = np.column_stack([figures.embed(saved[features][shown]), saved["labels"][shown]]).tolist()
-                plot = {"features": features, "points": points, "images": len(saved["labels"])}
-                found["scatters"].append({"category": category, "method": method, **plot})
+            for features in ("frozen", "adapted"):
+                plot = {"features": features, "points": figures.embed(saved[features], saved["labels"]).tolist()}
+                if plot["points"]:
+                    found["scatters"].append({"category": category, "method": method, **plot})
     return found
 
 
 def _first(outcome: tables.Outcome, category: str, k_shot: int | None, file: str) -> dict[str, dict[str, np.ndarray]]:
     """Return a file of each method's first seed that has it, by method."""
     found: dict[str, dict[str, np.ndarray]] = {}
-    for result in outcome.finished:
-        path = job_folder(outcome.run, result.job) / file
-        is_shown = result.category == category and result.k_shot in (k_shot, None)
-        if is_shown and result.method not in found and path.is_file():
-            found[result.method] = read_arrays(path)
+    for job in outcome.finished:
+        path = job_folder(outcome.run, job.job) / file
+        if job.category == category and job.k_shot in (k_shot, None) and job.method not in found and path.is_file():
+            found[job.method] = read_arrays(path)
     return found
 
 
-def _chosen(labels: np.ndarray, most: tuple[int, int]) -> list[int]:
-    """Return indices of images: abnormal ones first, then normal ones."""
-    return [*np.flatnonzero(labels)[: most[0]], *np.flatnonzero(labels == 0)[: most[1]]]
+def _strips(saved: Mapping[str, Any], maps: Mapping[str, Any], most: tuple[int, int]) -> list[dict[str, Any]]:
+    """Return images, abnormal ones first, with their ground truth and maps as captions and data URIs.
 
-
-def _strip(saved: Mapping[str, np.ndarray], index: int, maps: Mapping[str, np.ndarray | None]) -> dict[str, Any]:
-    """Return an image, its ground truth if the data have masks, and its maps, as captions and data URIs."""
-    image, masks = saved["images"][index], saved.get("masks")
-    mask = masks[index] if masks is not None and masks[index].any() else None
-    tiles = [("Image", figures.picture(image))]
-    if masks is not None:
-        tiles.append(("Ground truth", figures.picture(image, mask=mask)))
-    for caption, scores in maps.items():
-        tiles.append((caption, None if scores is None else figures.picture(image, scores, mask)))
-    return {"name": Path(saved["paths"][index]).name, "abnormal": bool(saved["labels"][index]), "tiles": tiles}
-
-
-def _side_by_side(pictures: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
-    first = next(iter(pictures.values()))
-    strips = []
-    for index in _chosen(first["labels"], SHOWN_IMAGES):
-        there = {method: saved["maps"][saved["paths"] == first["paths"][index]] for method, saved in pictures.items()}
-        strips.append(_strip(first, index, {method: next(iter(maps), None) for method, maps in there.items()}))
+    Args:
+        saved: Arrays of a job's pictures, M images.
+        maps: Maps ``(M, S, S)`` by caption; None in place of a map that is missing.
+        most: How many abnormal and normal images are shown at most.
+    """
+    labels, masks, strips = saved["labels"], saved.get("masks"), []
+    for index in [*np.flatnonzero(labels)[: most[0]], *np.flatnonzero(labels == 0)[: most[1]]]:
+        image, mask = saved["images"][index], None if masks is None or not masks[index].any() else masks[index]
+        tiles = [("Image", figures.picture(image))]
+        if masks is not None:
+            tiles.append(("Ground truth", figures.picture(image, mask=mask)))
+        for caption, scores in maps.items():
+            tiles.append((caption, None if scores[index] is None else figures.picture(image, scores[index], mask)))
+        strips.append({"name": Path(saved["paths"][index]).name, "abnormal": bool(labels[index]), "tiles": tiles})
     return strips
-
-
-def _levels(saved: Mapping[str, np.ndarray], index: int) -> dict[str, Any]:
-    maps = dict(zip([f"Block {level}" for level in saved["levels"]], saved["level_maps"][index], strict=True))
-    return _strip(saved, index, {**maps, "All blocks": saved["maps"][index]})
-
-
-def _spread_out(features: Mapping[str, np.ndarray]) -> bool:
-    """Whether there is something to see: enough normal and abnormal images, and features that differ."""
-    values = [features["frozen"], features["adapted"]]
-    differ = all(np.isfinite(one).all() and np.ptp(one, axis=0).any() for one in values)
-    return differ and len(np.unique(features["labels"])) > 1 and len(features["labels"]) >= figures.FEWEST_POINTS
