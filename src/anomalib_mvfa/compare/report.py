@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from ..io import atomic_write
 from . import figures, tables
 from .paper import paper_table
-from .results import JobResult, job_folder, read_arrays
+from .results import job_folder, read_arrays
 
 TEMPLATE = "report.html.jinja"
 MAIN = ("image_AUROC", "pixel_AUROC")
@@ -22,11 +22,6 @@ SHOWN_K = 4
 SHOWN_IMAGES = (4, 2)
 """How many abnormal and normal images of a category are shown at most."""
 LEVEL_IMAGES = (2, 0)
-UNITS = {
-    "s": {"h": 3600, "min": 60, "s": 1, "ms": 1e-3},
-    "MiB": {"GiB": 1024, "MiB": 1},
-    "": {"G": 1e9, "M": 1e6, "k": 1e3, "": 1},
-}
 
 
 def report(run: Path, resamples: int = 1000) -> Path:
@@ -51,9 +46,9 @@ def report(run: Path, resamples: int = 1000) -> Path:
     cells, images = tables.cells(outcome, resamples), tables.per_image(outcome)
     files = {
         "scores.csv": tables.to_csv(images),
-        "results.csv": tables.to_csv(outcome.results),
+        "results.csv": tables.to_csv(tables.per_job(outcome)),
         "results.md": tables.to_markdown(outcome, cells),
-        "results.tex": tables.to_latex(outcome, cells),
+        "results.tex": tables.to_latex(cells),
         "index.html": render(outcome, cells, images, resamples),
     }
     for name, text in files.items():
@@ -87,7 +82,7 @@ def render(outcome: tables.Outcome, cells: pd.DataFrame, images: pd.DataFrame, r
         "named": lambda name: breakable(name) + Markup("&nbsp;†") * (name in random),
         "percent": lambda share, digits=2: f"{100 * share:.{digits}f}",
         "points": lambda share, sign="+": f"{100 * share:{sign}.1f}".replace("-", "\N{MINUS SIGN}"),
-        "scaled": scaled,
+        "median": median,
         "by": lambda table, column: {getattr(line, column): line for line in table.itertuples()},
         "parts": lambda table, *names: table.groupby([*names] if names[1:] else names[0], sort=False, dropna=False),
         "each": lambda results, name: each(getattr(result, name) for result in results),
@@ -104,7 +99,6 @@ def render(outcome: tables.Outcome, cells: pd.DataFrame, images: pd.DataFrame, r
         main=MAIN,
         shots=shots,
         shown_k=shown_k,
-        costs=_costs(outcome.finished),
         versions=each(" ".join(item) for result in outcome.finished for item in result.versions.items()),
         **_pictures(outcome, shown_k),
     )
@@ -115,25 +109,15 @@ def breakable(name: str) -> Markup:
     return escape(name).replace("_", Markup("_<wbr>"))
 
 
-def scaled(value: float, unit: str = "") -> str:
-    """Return a time in seconds ("s"), a memory in MiB ("MiB") or a count (""), to three digits."""
-    scale, name = next(((s, name) for name, s in UNITS[unit].items() if value >= s), (1, unit))
-    return "\N{EN DASH}" if pd.isna(value) else f"{float(f'{value / scale:.3g}'):g} {name}".rstrip()
+def median(costs: Iterable[float | None], unit: float) -> str:
+    """Return the median of costs in some unit, to three digits."""
+    middle = pd.Series([*costs], dtype=float).median() / unit
+    return "\N{EN DASH}" if pd.isna(middle) else f"{float(f'{middle:.3g}'):,g}"
 
 
 def each(values: Iterable[Any]) -> list[Any]:
     """Return the values once each, in their order, without None."""
     return [value for value in dict.fromkeys(values) if value is not None]
-
-
-def _costs(results: list[JobResult]) -> pd.DataFrame:
-    """Return medians over categories and seeds, of each method, K and device."""
-    keys, costs = ["method", "k_shot", "device"], ["fit", "image", "all", "trained", "memory"]
-    rows = [vars(job) | job.seconds | job.parameters | {"memory": job.memory_mb} for job in results]
-    table = pd.DataFrame(rows).reindex(columns=keys + costs)
-    table = table.astype({"k_shot": "Int64"} | dict.fromkeys(costs, float))
-    groups = table.groupby(keys, sort=False, dropna=False)
-    return groups.median().assign(jobs=groups.size()).reset_index()
 
 
 def _pictures(outcome: tables.Outcome, shown_k: int | None) -> dict[str, list[dict[str, Any]]]:
