@@ -129,7 +129,9 @@ def _pictures(outcome: tables.Outcome, shown_k: int | None) -> dict[str, list[di
             by_path = {
                 method: dict(zip(saved["paths"], saved["maps"], strict=True)) for method, saved in pictures.items()
             }
-            maps = {method: [one.get(path) for path in first["paths"]] for method, one in by_path.items()}
+            maps: dict[str, Any] = {
+                method: [one.get(path) for path in first["paths"]] for method, one in by_path.items()
+            }
             found["grids"].append({"category": category, "method": None, "strips": _strips(first, maps, SHOWN_IMAGES)})
         for method, saved in pictures.items():
             if len(saved.get("levels", ())):
@@ -165,7 +167,7 @@ def _strips(saved: Mapping[str, Any], maps: Mapping[str, Any], most: tuple[int, 
     labels, masks, strips = saved["labels"], saved.get("masks"), []
     for index in [*np.flatnonzero(labels)[: most[0]], *np.flatnonzero(labels == 0)[: most[1]]]:
         image, mask = saved["images"][index], None if masks is None or not masks[index].any() else masks[index]
-        tiles = [("Image", figures.picture(image))]
+        tiles: list[tuple[str, str | None]] = [("Image", figures.picture(image))]
         if masks is not None:
             tiles.append(("Ground truth", figures.picture(image, mask=mask)))
         for caption, scores in maps.items():
