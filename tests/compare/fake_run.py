@@ -57,12 +57,17 @@ def write_job(run: Path, result: JobResult, scores: pd.DataFrame | None = None, 
     return folder
 
 
+def method(name: str, protocol: str = "few_shot", **others) -> dict:
+    """Return a method's settings."""
+    return {"protocol": protocol, "model": {"class_path": name, "init_args": {"image_size": 240}}, **others}
+
+
 def write_config(run: Path, methods: dict[str, dict] | list[str], **others) -> None:
     """Write the comparison as it was asked for."""
     config = {
         "title": "A comparison",
         "paper": None,
-        "methods": methods if isinstance(methods, dict) else {name: {} for name in methods},
+        "methods": methods if isinstance(methods, dict) else {name: method(name) for name in methods},
         "categories": None,
         "k_shots": [2, 4],
         "seeds": [0, 1],
@@ -77,16 +82,13 @@ def write_config(run: Path, methods: dict[str, dict] | list[str], **others) -> N
 
 def write_run(run: Path, **config) -> None:
     """Write a run of several methods, categories, shots and seeds: one job failed, one method with random weights."""
-    methods = {
-        name: {"protocol": protocol, "model": {"class_path": name, "init_args": {"image_size": 240}}, "trainer": {}}
-        for name, protocol in METHODS.items()
-    }
+    methods = {name: method(name, protocol) for name, protocol in METHODS.items()}
     write_config(run, methods, **{"title": "Brain & <b>chest</b>", **config})
-    for method, protocol in METHODS.items():
+    for name, protocol in METHODS.items():
         for category in ("Brain", "Chest"):
             for k_shot in (2, 4) if protocol.startswith("few") else (None,):
                 for seed in (0, 1):
-                    _write_drawn(run, method, protocol, category, k_shot, seed)
+                    _write_drawn(run, name, protocol, category, k_shot, seed)
     broken = {"status": "failed", "error": "OutOfMemoryError: <b>no</b> memory", "metrics": {}}
     write_job(run, make_result("MVFA", "few_shot", "Chest", 4, 1, **broken))
 

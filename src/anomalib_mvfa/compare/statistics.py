@@ -11,13 +11,19 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+from scipy.optimize import brentq
+from scipy.special import stdtrit
 
 COVERAGE = 0.95
+NOTHING = 1e-18
+"""A variance below is rounding."""
 
 
-def draw(groups: int, resamples: int, seed: int | Sequence[int] = 0) -> np.ndarray:
-    """Return how often each group is in each resample ``(R, G)``: as many as there are, drawn with replacement."""
-    return np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), resamples).astype(float)
+def draw(groups: int, resamples: int, seed: int | Sequence[int] | np.random.Generator = 0) -> np.ndarray:
+    """Return how often each group is in each resample ``(R, G)``, where G groups are drawn with replacement."""
+    drawn = np.random.default_rng(seed).integers(max(1, groups), size=(resamples, groups))
+    drawn += groups * np.arange(resamples)[:, None]
+    return np.bincount(drawn.flatten(), minlength=resamples * groups).reshape(resamples, groups).astype(float)
 
 
 def image_auroc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -31,11 +37,13 @@ def image_auroc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> 
     Returns:
         Areas ``(R)``, NaN where a resample has no normal or no abnormal image.
     """
-    order = np.argsort(scores)
-    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # of runs of ties
-    drawn = weights[:, order]
-    abnormal, normal = (np.add.reduceat(drawn * (labels[order] == label), starts, axis=1) for label in (1, 0))
-    return _area(normal, abnormal)
+    drawn, order = labels == 1, np.argsort(scores[labels == 0])
+    normal, abnormal = weights[:, labels == 0][:, order], weights[:, drawn]
+    ranked = scores[labels == 0][order]
+    below = np.pad(normal.cumsum(axis=1), ((0, 0), (1, 0)))  # how many normal images are below the i-th
+    pairs = sum(below[:, np.searchsorted(ranked, scores[drawn], side)] for side in ("left", "right")) / 2
+    with np.errstate(invalid="ignore"):
+        return (abnormal * pairs).sum(axis=1) / (normal.sum(axis=1) * abnormal.sum(axis=1))
 
 
 def pixel_auroc(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -48,14 +56,10 @@ def pixel_auroc(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
     Returns:
         Areas ``(R)``, NaN where a resample has no normal or no abnormal pixel.
     """
-    return _area(weights @ counts[:, 0], weights @ counts[:, 1])
-
-
-def _area(normal: np.ndarray, abnormal: np.ndarray) -> np.ndarray:
+    normal, abnormal = weights @ counts[:, 0], weights @ counts[:, 1]
     below = normal.cumsum(axis=1) - normal / 2
-    pairs = normal.sum(axis=1) * abnormal.sum(axis=1)
     with np.errstate(invalid="ignore"):
-        return (abnormal * below).sum(axis=1) / pairs
+        return (abnormal * below).sum(axis=1) / (normal.sum(axis=1) * abnormal.sum(axis=1))
 
 
 def f1(predicted: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -75,57 +79,76 @@ def f1(predicted: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.nda
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds, or a mean difference.
+    """A mean over seeds, of a metric or of the difference of two methods.
 
     Args:
         value: The mean.
         low: Lower end of the 95 % interval, NaN where there is none.
         high: Its upper end.
-        p: Two-sided p-value of the hypothesis that the true value is 0.
+        p: Two-sided p-value of there being no difference; NaN for a metric.
     """
 
     value: float
-    low: float
-    high: float
-    p: float
+    low: float = np.nan
+    high: float = np.nan
+    p: float = np.nan
 
 
 def estimate(points: np.ndarray, resampled: np.ndarray, groups: int, rare: int, difference: bool = False) -> Estimate:
     """Return a mean over seeds with its interval over seeds and images; of one seed, over images alone.
 
+    The variance of the mean is that of Obuchowski and Rockette (1995): of the seeds' values, over S, and the covariance
+    of two seeds, which share the images. Each part has its own degrees of freedom, S - 1 and G - 1, and the critical
+    value is the mean of theirs, weighted by the parts (Cochran, 1964). Where seeds differ by less than the median of
+    what images alone would give, the variance is that over images. A metric's interval is Wilson's (1927).
+
     Args:
         points: The metric, or the difference of two methods, of each seed ``(S)``.
         resampled: The same of resampled images, the same draws for each seed ``(S, R)``.
-        groups: How many groups (patients, or images) were drawn from.
+        groups: G, how many groups (patients, or images) were drawn from.
         rare: How many groups have an image of the rarer kind, normal or abnormal.
-        difference: Whether these are differences, which lie in [-1, 1], and not metrics, which lie in [0, 1].
+        difference: Whether these are differences, in [-1, 1]; a metric is in [0, 1].
     """
     value, seeds = float(points.mean()), len(points)
     drawn = resampled[:, np.isfinite(resampled).all(axis=0)]
     if drawn.shape[1] < 2 or groups < 2:
-        return Estimate(value, np.nan, np.nan, np.nan)
-    covariance = np.atleast_2d(np.cov(drawn)) * groups / (groups - 1)
-    over_images = covariance.mean()  # variance of the mean if the seeds are kept
-    over_seeds, variance, freedom = 0.0, over_images, groups - 1.0
+        return Estimate(value)
+    covariance = np.atleast_2d(np.cov(drawn)) * groups / (groups - 1)  # a bootstrap's is too small by this much
+    of_images = covariance.mean()  # variance of the mean over the same seeds
+    parts = [(of_images, groups - 1)]
     if seeds > 1:
-        own = (np.trace(covariance) / seeds - over_images) / (seeds - 1)  # what images add to the spread between seeds
-        over_seeds = points.var(ddof=1) / seeds
-        variance = over_images + max(0.0, over_seeds - own)
-    if variance > 0:
-        freedom = variance**2 / (over_seeds**2 / max(1, seeds - 1) + over_images**2 / (groups - 1))
-    t = stats.t.ppf((1 + COVERAGE) / 2, freedom)
-    if variance < 1e-12:
-        z2 = stats.norm.ppf((1 + COVERAGE) / 2) ** 2
-        half = z2 / (rare + z2)
-        p = 2 * stats.norm.sf(np.sqrt(rare * abs(value) / max(1 - abs(value), 1e-12)))
-        return Estimate(value, max(value - half, -1.0 if difference else 0.0), min(1.0, value + half), float(p))
-    error = np.sqrt(variance)
-    p = float(2 * stats.t.sf(abs(value) / error, freedom))
-    if difference:
-        return Estimate(value, max(-1.0, value - t * error), min(1.0, value + t * error), p)
-    ratio = t**2 * variance / (value * (1 - value))
-    centre, half = (value + ratio / 2) / (1 + ratio), np.sqrt(t**2 * variance + ratio**2 / 4) / (1 + ratio)
-    return Estimate(value, float(centre - half), float(centre + half), p)
+        of_seeds = points.var(ddof=1) / seeds
+        explained = (np.trace(covariance) / seeds - of_images) / (seeds - 1)  # what images alone add to `of_seeds`
+        if of_seeds > explained * stats.chi2.median(seeds - 1) / (seeds - 1):
+            parts = [(max(of_seeds, explained), seeds - 1), (max(0.0, of_images - explained), groups - 1)]
+    variance = sum(part for part, _ in parts)
+    lowest = -1.0 if difference else 0.0
+    if variance < NOTHING:
+        return _without_spread(value, rare, lowest)
+
+    def critical(tails: float) -> float:
+        return -sum(part * stdtrit(freedom, tails / 2) for part, freedom in parts) / variance
+
+    half2 = critical(1 - COVERAGE) ** 2 * variance
+    if difference or value * (1 - value) == 0:
+        far, least = abs(value) / np.sqrt(variance), 1e-12
+        p = brentq(lambda tails: critical(tails) - far, least, 1 + least) if far < critical(least) else least
+        half = np.sqrt(half2)
+        return Estimate(value, max(lowest, value - half), min(1.0, value + half), min(1.0, p) if difference else np.nan)
+    ratio = half2 / (value * (1 - value))
+    centre, half = (value + ratio / 2) / (1 + ratio), np.sqrt(half2 + ratio**2 / 4) / (1 + ratio)
+    return Estimate(value, float(centre - half), float(centre + half))
+
+
+def _without_spread(value: float, rare: int, lowest: float) -> Estimate:
+    """Return the estimate where nothing varies, as with perfect separation: the bootstrap would be sure of it.
+
+    Wilson's interval of a share of 1 in ``rare`` trials, [n / (n + z^2), 1], is as wide on either side of the value.
+    """
+    z2 = stats.norm.ppf((1 + COVERAGE) / 2) ** 2
+    half = z2 / (rare + z2)
+    p = 2 * stats.norm.sf(np.sqrt(rare * abs(value) / max(1 - abs(value), NOTHING))) if lowest < 0 else np.nan
+    return Estimate(value, max(lowest, value - half), min(1.0, value + half), float(p))
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:

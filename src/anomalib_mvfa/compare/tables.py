@@ -1,10 +1,12 @@
-"""From the results of jobs to tables: means over seeds, intervals, and differences from a reference.
+"""From the results of jobs to tables: means over seeds, their intervals, and differences from a reference.
 
-Axes: N images, G groups of images, R resamples, S seeds.
+Axes: N images, R resamples.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass
+from html import escape
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+from pandas import DataFrame, Series
 
 from ..data.bmad import CATEGORIES
 from ..data.support import group_of
-from .paper import PaperTable, paper_table
+from .paper import paper_table
 from .results import JobResult, job_folder, read_arrays, read_results
 from .statistics import Estimate, draw, estimate, f1, holm, image_auroc, pixel_auroc
 
@@ -37,7 +40,21 @@ METRICS = {
 TESTED = ("image_AUROC", "pixel_AUROC", "image_F1Score")
 """Metrics with intervals and tests."""
 AVERAGE = "Average"
-LEVEL = 0.05
+SIGNIFICANCE = 0.05
+NOT_COMPARED = {
+    **dict.fromkeys(["reference", "verdict", "why"], ""),
+    **dict.fromkeys(["difference", "difference_low", "difference_high", "p"], np.nan),
+    "paired": 0,
+}
+JOB = ["method", "protocol", "category", "k_shot", "seed"]
+LINE = ["protocol", "method"]
+LEGEND = """\
+In percent: mean over seeds ± standard deviation [95 % interval of the mean over seeds and test images; of one seed, over
+test images alone]. † Backbone with random weights: the scores mean nothing clinically. ‡ Epoch chosen on the test
+images, which is optimistic. Differences are paired: the same seeds and the same test images. Their p-values are
+adjusted for all comparisons of a column (Holm, 1979): with the reference, or all pairs if it is just the best."""
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What a cell begins with that spreadsheets take for a formula."""
 
 
 @dataclass(frozen=True)
@@ -63,31 +80,8 @@ class Outcome:
 
     def categories_of(self, method: str) -> list[str]:
         """Return the categories that a method was asked for."""
-        only = (self.config["methods"].get(method) or {}).get("categories") or self.categories
+        only = (self.config["methods"][method] or {}).get("categories") or self.categories
         return [name for name in self.categories if name in only]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A metric of one seed, as it came out and on resampled images.
-
-    Args:
-        value: In [0, 1].
-        resampled: The same of resamples ``(R)``, NaN where there is none.
-        groups: How many groups were drawn from.
-        rare: How many groups have images of the rarer kind.
-        trivial: F1 of calling everything abnormal; NaN for other metrics.
-        test_set: What was tested.
-        result: The job; of an average, one of the jobs.
-    """
-
-    value: float
-    resampled: np.ndarray
-    groups: int
-    rare: int
-    trivial: float
-    test_set: Any
-    result: JobResult
 
 
 def load(run: Path) -> Outcome:
@@ -108,29 +102,26 @@ def load(run: Path) -> Outcome:
             "comparison was written to."
         )
         raise FileNotFoundError(msg)
-    found = read_results(run)
-    names = {result.category for result in found if result.method in config["methods"]}
-    ordered = [name for name in CATEGORIES if name in names] + sorted(names - {*CATEGORIES})
-    outcome = Outcome(run, config, list(config.get("categories") or ordered), [])
     methods, k_shots, seeds = list(config["methods"]), config.get("k_shots"), config.get("seeds")
+    found = [result for result in read_results(run) if result.method in methods]
+    categories = config.get("categories") or _ordered({result.category for result in found}, CATEGORIES)
+    outcome = Outcome(run, config, list(categories), [])
     for result in found:
-        asked = result.method in methods and result.category in outcome.categories_of(result.method)
-        asked = asked and (not seeds or result.seed in seeds)
+        asked = result.category in outcome.categories_of(result.method) and (not seeds or result.seed in seeds)
         if asked and (result.k_shot is None or not k_shots or result.k_shot in k_shots):
             outcome.results.append(result)
+    outcome.results.sort(
+        key=lambda job: (methods.index(job.method), categories.index(job.category), job.k_shot or 0, job.seed)
+    )
     if not outcome.finished:
         errors = "".join(f"\n{result.job}: {result.error}" for result in outcome.results[:3])
         msg = f"No job in {str(run)!r} has finished, {len(outcome.results)} failed. Run the comparison first.{errors}"
         raise ValueError(msg)
-    outcome.results.sort(
-        key=lambda job: (
-            methods.index(job.method),
-            outcome.categories.index(job.category),
-            job.k_shot or 0,
-            job.seed,
-        )
-    )
     return outcome
+
+
+def _ordered(names: Collection[str], order: Collection[str]) -> list[str]:
+    return [name for name in order if name in names] + sorted({*names} - {*order})
 
 
 def lacking(outcome: Outcome) -> list[tuple[str, str | None, int | None, list[int]]]:
@@ -138,7 +129,8 @@ def lacking(outcome: Outcome) -> list[tuple[str, str | None, int | None, list[in
 
     Of a method none of whose jobs has ended, it is not known whether it has shots: category and K are None.
     """
-    asked, lack = outcome.config.get("seeds") or [], []
+    asked = outcome.config.get("seeds") or []
+    lack: list[tuple[str, str | None, int | None, list[int]]] = []
     for method in outcome.config["methods"]:
         own = [result for result in outcome.results if result.method == method]
         if not own and outcome.categories_of(method):
@@ -152,210 +144,288 @@ def lacking(outcome: Outcome) -> list[tuple[str, str | None, int | None, list[in
     return lack
 
 
-def per_image(outcome: Outcome) -> pd.DataFrame:
-    """Return what every test image scored: one line per job and image."""
-    columns = ["method", "protocol", "category", "k_shot", "seed", "group", "image", "label", "score", "predicted"]
-    tables = [pd.DataFrame(columns=columns)]
-    for result in outcome.finished:
-        path = job_folder(outcome.run, result.job) / "scores.csv"
-        if path.is_file():
-            table = pd.read_csv(path, dtype={"image": str})
-            named = {name: getattr(result, name) for name in columns[:5]}
-            groups = [group_of(image, outcome.config.get("group_by")) for image in table.image]
-            tables.append(table.assign(**named, group=groups)[columns])
-    table = pd.concat(tables[1:] or tables, ignore_index=True)
-    return table.astype({"k_shot": "Int64"})
+def per_image(outcome: Outcome) -> DataFrame:
+    """Return a line for each image that a finished job tested.
+
+    Columns: method, protocol, category, k_shot, seed, group, image, label, score and predicted.
+    """
+    tables = [_scores(outcome, job) for job in outcome.finished]
+    return pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
 
 
-def _samples(outcome: Outcome, resamples: int) -> Iterator[tuple[str, Sample]]:
-    """Yield each metric of each job."""
-    images = per_image(outcome)
-    keys = ["method", "category", "k_shot", "seed"]
-    by_job = {
-        (method, category, None if pd.isna(k_shot) else int(k_shot), seed): table
-        for (method, category, k_shot, seed), table in images.groupby(keys, dropna=False)
-    }
-    draws = {}
-    for category, table in images.groupby("category"):
-        names = pd.Index(sorted(table.group.unique()))
-        draws[category] = (names, draw(len(names), resamples, [*str(category).encode()]))
-    for result in outcome.finished:
-        table = by_job.get((result.method, result.category, result.k_shot, result.seed))
-        resampled: dict[str, np.ndarray] = {}
-        groups, rare, trivial = 0, 0, {}
-        if table is not None:
-            names, drawn = draws[result.category]
-            weights = drawn[:, names.get_indexer(table.group)]
-            labels = table.label.to_numpy(int)
-            resampled["image_AUROC"] = image_auroc(table.score.to_numpy(float), labels, weights)
-            if table.predicted.notna().all():
-                resampled["image_F1Score"] = f1(table.predicted.to_numpy(int), labels, weights)
-            groups = table.group.nunique()
-            rare = min(table.group[labels == label].nunique() for label in (0, 1))
-            trivial["image_F1Score"] = 2 * labels.mean() / (1 + labels.mean())
-            pixels = job_folder(outcome.run, result.job) / "pixels.npz"
-            if pixels.is_file():
-                counts = read_arrays(pixels)["counts"].astype(float)
-                resampled["pixel_AUROC"] = pixel_auroc(counts, weights)
-                share = counts[:, 1].sum() / counts.sum()
-                trivial["pixel_F1Score"] = 2 * share / (1 + share)
-        nothing = np.full(resamples, np.nan)
-        for metric, value in result.metrics.items():
-            if not np.isnan(value):
-                drawn_values = resampled.get(metric, nothing)
-                yield (
-                    metric,
-                    Sample(value, drawn_values, groups, rare, trivial.get(metric, np.nan), result.test_set, result),
-                )
+def _scores(outcome: Outcome, job: JobResult) -> DataFrame:
+    path = job_folder(outcome.run, job.job) / "scores.csv"
+    columns = ["image", "label", "score", "predicted"]
+    table = pd.read_csv(path, dtype={"image": str}) if path.is_file() else DataFrame(columns=columns)
+    groups = [group_of(image, outcome.config.get("group_by")) for image in table.image]
+    named = table.assign(**{name: getattr(job, name) for name in JOB}, group=groups)
+    return named[[*JOB, "group", *columns]].astype({"k_shot": "Int64"})
 
 
-def cells(outcome: Outcome, resamples: int = 1000) -> pd.DataFrame:
-    """Return a line per metric, K, category (and average), protocol and method; see the code of `_line`."""
-    found: dict[str, dict[tuple, dict[int, Sample]]] = {}
-    for metric, sample in _samples(outcome, resamples):
-        job = sample.result
-        cell = (job.protocol, job.method, job.k_shot, job.category)
-        found.setdefault(metric, {}).setdefault(cell, {})[job.seed] = sample
+def _values(outcome: Outcome, resamples: int) -> Iterator[dict[str, Any]]:
+    """Yield each metric of each finished job, as it came out and on resampled images, the same for all jobs."""
+    scores = {job.job: _scores(outcome, job) for job in outcome.finished}
+    for category in outcome.categories:
+        jobs = [job for job in outcome.finished if job.category == category]
+        groups = pd.Index(sorted({group for job in jobs for group in scores[job.job].group}))
+        draws = draw(len(groups), resamples, list(category.encode()))
+        for job in jobs:
+            table = scores[job.job]
+            pixels = job_folder(outcome.run, job.job) / "pixels.npz"
+            counts = read_arrays(pixels)["counts"].astype(float) if pixels.is_file() else None
+            resampled = _resample(table, counts, draws[:, groups.get_indexer(table.group)])
+            abnormal = {"image_F1Score": table.label.mean()}
+            if counts is not None:
+                abnormal["pixel_F1Score"] = counts[:, 1].sum() / counts.sum()
+            for metric, value in job.metrics.items():
+                yield {
+                    **{name: getattr(job, name) for name in (*JOB, "random_weights")},
+                    "test_set": str(job.test_set),
+                    "metric": metric,
+                    "value": value,
+                    "resampled": resampled.get(metric, np.full(resamples, np.nan)),
+                    "groups": table.group.nunique(),
+                    "rare": min(table.group[table.label == label].nunique() for label in (0, 1)),
+                    "trivial": 2 / (1 + 1 / abnormal.get(metric, np.nan)),
+                    "optimistic": job.selected_epoch is not None,
+                }
+
+
+def _resample(table: DataFrame, counts: np.ndarray | None, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Return metrics of resamples ``(R)``, given a job's scores and how often each image is in each ``(R, N)``."""
+    if table.empty:
+        return {}
+    labels = table.label.to_numpy(int)
+    resampled = {"image_AUROC": image_auroc(table.score.to_numpy(float), labels, weights)}
+    if table.predicted.notna().all():
+        resampled["image_F1Score"] = f1(table.predicted.to_numpy(int), labels, weights)
+    if counts is not None:
+        resampled["pixel_AUROC"] = pixel_auroc(counts, weights)
+    return resampled
+
+
+def cells(outcome: Outcome, resamples: int = 1000) -> DataFrame:
+    """Return a line per metric, K, category and method, in the order of tables; several categories have an average.
+
+    Columns:
+        metric, k_shot, category, protocol, method: Methods without shots are in the table of every K.
+        mean, sd, low, high: Over seeds; the 95 % interval is NaN where there is none.
+        seeds, missing: How many the mean is over, and how many of those asked for are missing.
+        random_weights, optimistic: Whether a job's backbone had random weights, or its epoch was chosen on test images.
+        trivial: F1 of calling everything abnormal; NaN for other metrics.
+        paper: The paper's figure, or NaN.
+        reference, difference, difference_low, difference_high, paired: The method's mean less the reference's, over the
+            seeds that both have; how many these are. Of one, the interval is over images alone.
+        p: Of the difference, adjusted for all comparisons of the column (Holm, 1979).
+        verdict, why: "reference", "above", "below", "not told apart", "not comparable" and the reason, or "".
+    """
     paper = paper_table(outcome.config["paper"]) if outcome.config.get("paper") else None
+    tested = {job.category for job in outcome.finished}
+    values = DataFrame(_values(outcome, resamples)).astype({"k_shot": "Int64"})
+    values = values.sort_values("protocol", key=lambda names: names.map([*PROTOCOLS].index), kind="stable")
     rows = []
-    order = [*METRICS, *sorted(set(found) - {*METRICS})]
-    for metric in [name for name in order if name in found]:
-        shots = sorted({k for _, _, k, _ in found[metric] if k is not None}) or [None]
-        for k_shot in shots:
-            of_k = {cell: seeds for cell, seeds in found[metric].items() if cell[2] in (k_shot, None)}
-            there = {cell[3] for cell in of_k}
-            categories = [name for name in outcome.categories if name in there]
-            lines = sorted(
-                {(protocol, method) for protocol, method, _, _ in of_k},
-                key=lambda line: ([*PROTOCOLS, line[0]].index(line[0]), list(outcome.config["methods"]).index(line[1])),
-            )
-            table = {(cell[:2], cell[3]): seeds for cell, seeds in of_k.items()}
-            for category in [*categories, *([AVERAGE] if len(categories) > 1 else [])]:
-                column = {}
-                for line in lines:
-                    if category == AVERAGE:
-                        column[line] = _average([table.get((line, name), {}) for name in categories])
-                    elif (line, category) in table:
-                        column[line] = table[line, category]
-                named = {"metric": metric, "k_shot": k_shot, "category": category}
-                rows += [named | row for row in _column(column, metric, categories, category, outcome, paper)]
-    return pd.DataFrame(rows).astype({"k_shot": "Int64"})
+    for metric in _ordered(values.metric.unique(), METRICS):
+        for k_shot in sorted(values.k_shot.dropna().unique()) or [None]:
+            table = values[(values.metric == metric) & (values.k_shot.isna() | (values.k_shot == k_shot))]
+            columns = {name: table[table.category == name] for name in outcome.categories}
+            defined = [name for name, column in columns.items() if column.value.notna().any()]
+            if len(defined) > 1:
+                columns[AVERAGE] = _average(table, defined)
+            for category, column in columns.items():
+                for row in _column(column, outcome.config, metric in TESTED):
+                    level, _, kind = metric.partition("_")
+                    if paper and kind == "AUROC" and not row["random_weights"]:
+                        which = level, row["method"], row["protocol"], k_shot
+                        if category == AVERAGE:
+                            row["paper"] = paper.average(*which, defined, tested)
+                        else:
+                            row["paper"] = paper.figure(*which, category)
+                    rows.append({"metric": metric, "k_shot": k_shot, "category": category, **row})
+    return DataFrame(rows).astype({"k_shot": "Int64"})
 
 
-def _average(by_category: list[dict[int, Sample]]) -> dict[int, Sample]:
-    """Average the seeds that all categories have."""
-    common = set.intersection(*(set(seeds) for seeds in by_category))
-    averages = {}
-    for seed in sorted(common):
-        samples = [seeds[seed] for seeds in by_category]
-        averages[seed] = Sample(
-            value=float(np.mean([sample.value for sample in samples])),
-            resampled=np.mean([sample.resampled for sample in samples], axis=0),
-            groups=sum(sample.groups for sample in samples),
-            rare=len(samples) * min(sample.rare for sample in samples),
-            trivial=float(np.mean([sample.trivial for sample in samples])),
-            test_set=[sample.test_set for sample in samples],
-            result=samples[0].result,
-        )
-    return averages
+def _average(values: DataFrame, categories: list[str]) -> DataFrame:
+    """Return averages over categories, one line per method and seed; NaN where the seed lacks one of them."""
+    means = {
+        "value": ("value", lambda found: found.mean() if found.count() == len(categories) else np.nan),
+        "resampled": ("resampled", lambda found: np.mean(list(found), axis=0)),
+        "groups": ("groups", "sum"),
+        "rare": ("rare", lambda found: len(found) * found.min()),
+        "trivial": ("trivial", "mean"),
+        "test_set": ("test_set", ",".join),
+        "random_weights": ("random_weights", "any"),
+        "optimistic": ("optimistic", "any"),
+    }
+    counted = values[values.category.isin(categories)]
+    return counted.groupby([*LINE, "seed"], sort=False).agg(**means).reset_index()
 
 
-def _estimate(samples: list[Sample], others: list[Sample] | None = None) -> Estimate:
-    points = np.array([sample.value for sample in samples])
-    resampled = np.stack([sample.resampled for sample in samples])
-    if others is not None:
-        points = points - [sample.value for sample in others]
-        resampled = resampled - np.stack([sample.resampled for sample in others])
-    first = samples[0]
-    return estimate(points, resampled, first.groups, first.rare, difference=others is not None)
-
-
-def _column(
-    column: dict[tuple[str, str], dict[int, Sample]],
-    metric: str,
-    categories: list[str],
-    category: str,
-    outcome: Outcome,
-    paper: PaperTable | None,
-) -> list[dict[str, Any]]:
-    asked = outcome.config.get("seeds") or []
-    rows = {}
-    for (protocol, method), seeds in column.items():
-        samples = list(seeds.values())
-        values = [sample.value for sample in samples]
-        mean = _estimate(samples) if samples else Estimate(np.nan, np.nan, np.nan, np.nan)
-        row = {
+def _column(column: DataFrame, config: dict[str, Any], is_tested: bool) -> list[dict[str, Any]]:
+    """Return what :func:`cells` says of the methods in a column of a table."""
+    rows: dict[str, dict[str, Any]] = {}
+    defined: dict[str, DataFrame] = {}
+    for protocol, method in column[LINE].drop_duplicates().to_numpy():
+        found = column[(column.protocol == protocol) & (column.method == method)]
+        seeds = defined[method] = found.dropna(subset="value").set_index("seed")
+        mean = _estimate(seeds) if len(seeds) else Estimate(np.nan)
+        rows[method] = {
             "protocol": protocol,
             "method": method,
             "mean": mean.value,
-            "sd": np.std(values, ddof=1) if len(values) > 1 else np.nan,
+            "sd": seeds.value.std(),
             "low": mean.low,
             "high": mean.high,
-            "seeds": len(values),
-            "missing": len(set(asked) - set(seeds)),
-            "random_weights": any(sample.result.random_weights for sample in samples),
-            "optimistic": any(sample.result.selected_epoch is not None for sample in samples),
+            "seeds": len(seeds),
+            "missing": len({*(config.get("seeds") or [])} - {*seeds.index}),
+            "random_weights": bool(found.random_weights.any()),
+            "optimistic": bool(found.optimistic.any()),
+            "trivial": seeds.trivial.mean(),
             "paper": np.nan,
-            "trivial": np.mean([sample.trivial for sample in samples]) if samples else np.nan,
-            "reference": "",
-            "difference": np.nan,
-            "difference_low": np.nan,
-            "difference_high": np.nan,
-            "paired": 0,
-            "p": np.nan,
-            "verdict": "",
-            "why": "" if samples else "not all categories",
+            **NOT_COMPARED,
         }
-        level = metric.removesuffix("_AUROC")
-        if paper and samples and not row["random_weights"] and level in ("image", "pixel"):
-            own_k = samples[0].result.k_shot
-            if category == AVERAGE:
-                tested = {result.category for result in outcome.finished}
-                row["paper"] = paper.average(level, method, protocol, own_k, categories, tested)
-            else:
-                row["paper"] = paper.figure(level, method, protocol, own_k, category)
-        rows[protocol, method] = row
-    if metric in TESTED:
-        _compare(rows, column, outcome.config.get("reference"))
+        if seeds.empty:
+            rows[method]["why"] = "undefined, as all images are of one kind, or missing"
+    if is_tested:
+        _compare(rows, defined, config.get("reference"))
     return list(rows.values())
 
 
-def _compare(rows: dict, column: dict, named: str | None) -> None:
-    """Fill in the differences from the reference."""
-    there = [line for line in rows if rows[line]["seeds"]]
+def _estimate(seeds: DataFrame, others: DataFrame | None = None) -> Estimate:
+    points, resampled = seeds.value.to_numpy(), np.stack(list(seeds.resampled))
+    if others is not None:
+        points, resampled = points - others.value.to_numpy(), resampled - np.stack(list(others.resampled))
+    return estimate(points, resampled, seeds.groups.max(), seeds.rare.min(), difference=others is not None)
+
+
+def _compare(rows: dict[str, dict[str, Any]], seeds: dict[str, DataFrame], named: str | None) -> None:
+    """Fill in the differences of a column from the reference: the named method, or else the best."""
+    there = [method for method in rows if len(seeds[method])]
     if len(there) < 2:
         return
-    able = [line for line in there if not rows[line]["random_weights"]] or there
-    references = [line for line in able if line[1] == named] if named else able
-    if not references:
-        for line in there:
-            rows[line] |= {"verdict": "not comparable", "why": f"no figure of {named} to compare with"}
-        return
-    reference = max(references, key=lambda line: rows[line]["mean"])
-    pairs = [(line, reference) for line in able if line != reference] if named else list(combinations(able, 2))
-    estimates, paired = {}, {}
-    for a, b in pairs:
-        pair = (b, a) if a == reference else (a, b)
-        one, other = column[pair[0]], column[pair[1]]
-        seeds = [seed for seed in one if seed in other and one[seed].test_set == other[seed].test_set]
-        if seeds:
-            estimates[pair] = _estimate([one[seed] for seed in seeds], [other[seed] for seed in seeds])
-            paired[pair] = len(seeds)
-    adjusted = dict(zip(estimates, holm([found.p for found in estimates.values()]), strict=True))
-    for line in there:
-        row, pair = rows[line], (line, reference)
-        row["reference"] = reference[1]
-        if line == reference:
+    able = [method for method in there if not rows[method]["random_weights"]] or there
+    reference = named or max(able, key=lambda method: rows[method]["mean"])
+    pairs = [(method, reference) for method in able if method != reference]
+    if not named:  # the numbers themselves choose the best, so that any pair may be compared
+        pairs += [pair for pair in combinations(able, 2) if reference not in pair]
+    found = {}
+    for method, other in pairs if reference in able else []:
+        both = seeds[method].join(seeds[other], rsuffix="_other", how="inner")
+        common = both.index[both.test_set == both.test_set_other]
+        if len(common):
+            found[method, other] = len(common), _estimate(seeds[method].loc[common], seeds[other].loc[common])
+    adjusted = dict(zip(found, holm([difference.p for _, difference in found.values()]), strict=True))
+    for method in there:
+        row, pair = rows[method], (method, reference)
+        row |= {"reference": reference, "verdict": "not comparable"}
+        if method == reference:
             row["verdict"] = "reference"
-        elif line not in able:
-            row |= {"verdict": "not comparable", "why": "random weights"}
-        elif pair not in estimates:
-            row |= {"verdict": "not comparable", "why": "no seed with the same test images"}
+        elif reference not in there:
+            row["why"] = f"{reference} has no figure here"
+        elif method not in able or reference not in able:
+            row["why"] = "random weights"
+        elif pair not in found:
+            row["why"] = "no seed has the same test images"
+        elif np.isnan(adjusted[pair]):
+            row["why"] = "the scores of images are missing"
         else:
-            found, p = estimates[pair], adjusted[pair]
-            row |= {"difference": found.value, "difference_low": found.low, "difference_high": found.high}
-            row |= {"p": p, "paired": paired[pair], "verdict": "not told apart"}
-            if np.isnan(p):
-                row |= {"verdict": "not comparable", "why": "no scores of images"}
-            elif p < LEVEL:
-                row["verdict"] = "above" if found.value > 0 else "below"
+            paired, difference = found[pair]
+            differs = "above" if difference.value > 0 else "below"
+            row |= {
+                "difference": difference.value,
+                "difference_low": difference.low,
+                "difference_high": difference.high,
+                "p": adjusted[pair],
+                "paired": paired,
+                "verdict": differs if adjusted[pair] < SIGNIFICANCE else "not told apart",
+            }
+
+
+def sentences(table: DataFrame) -> Series:
+    """Return a sentence for each line of :func:`cells` that is compared with a reference, by the line's index."""
+    compared = table[~table.verdict.isin(["", "reference"])]
+    return Series({index: _sentence(row) for index, row in compared.iterrows()}, dtype=str)
+
+
+def _sentence(row: Series) -> str:
+    if row.verdict == "not comparable":
+        return f"{row.method} is not comparable with {row.reference}: {row.why}."
+    first, second, sign = row.method, row.reference, 100
+    if row.verdict == "below":
+        first, second, sign = second, first, -100
+    low, high = sorted([sign * row.difference_low, sign * row.difference_high])
+    points = f"{sign * row.difference:.2f} points [{low:.2f}, {high:.2f}]"
+    points += ", p < 0.001" if row.p < 0.001 else f", p = {row.p:.3f}"
+    points += ", over test images alone, as there is one seed" if row.paired == 1 else ""
+    if row.verdict == "not told apart":
+        return f"{first} is not told apart from {second}: {points}."
+    return f"{first} is above {second} by {points}."
+
+
+def texts(table: DataFrame) -> Iterator[tuple[str, DataFrame, list[str]]]:
+    """Yield title, table of text (methods by categories) and sentences for each metric and K of :func:`cells`."""
+    for _, rows in table.groupby(["metric", "k_shot"], sort=False, dropna=False):
+        lines = rows.drop_duplicates("method", keep="last").set_index("method")  # the average has all, in their order
+        wide = rows.assign(text=rows.apply(_text, axis=1)).pivot_table("text", "method", "category", "first")
+        wide = wide.reindex(lines.index, columns=rows.category.unique()).fillna("-").rename_axis(columns=None)
+        marks = np.where(lines.random_weights, " †", "") + np.where(lines.optimistic, " ‡", "")
+        wide.insert(0, "Method", lines.index + marks)
+        wide.insert(0, "Learns from", lines.protocol.map(lambda name: PROTOCOLS[name].partition(":")[0]))
+        metric, k_shot = rows[["metric", "k_shot"]].iloc[0]
+        title = METRICS.get(metric, metric) + ("" if pd.isna(k_shot) else f", K = {k_shot}")
+        said = sentences(rows)
+        yield title, wide, list(rows.category[said.index] + ": " + said)
+
+
+def _text(row: Series) -> str:
+    text = "n/a" if np.isnan(row["mean"]) else f"{100 * row['mean']:.2f}"
+    text += "" if np.isnan(row.sd) else f" ± {100 * row.sd:.2f}"
+    text += "" if np.isnan(row.low) else f" [{100 * row.low:.2f}, {100 * row.high:.2f}]"
+    beside = {"paper": row.paper, "all abnormal": row.trivial}
+    return text + "".join(f" ({name} {100 * value:.2f})" for name, value in beside.items() if not np.isnan(value))
+
+
+def to_markdown(outcome: Outcome, table: DataFrame) -> str:
+    """Return the tables of :func:`cells` and what the comparisons say as a document."""
+    parts = [f"# {_plain(str(outcome.config.get('title') or outcome.run.resolve().name))}", LEGEND]
+    for title, wide, said in texts(table):
+        lines = [wide.columns, ["---"] * 2 + ["---:"] * (len(wide.columns) - 2), *wide.to_numpy()]
+        rows = [" | ".join(line if line[0] == "---" else [_plain(cell) for cell in line]) for line in lines]
+        parts += [f"## {_plain(title)}", "\n".join(f"| {row} |" for row in rows)]
+        parts += ["\n".join(f"- {_plain(sentence)}" for sentence in said)] if said else []
+    failed = [f"- {_plain(f'{job.job}: {job.error}')}" for job in outcome.results if job.status == "failed"]
+    if failed:
+        parts += ["## Failed jobs", "\n".join(failed)]
+    if lack := sum(len(seeds) for *_, seeds in lacking(outcome)):
+        parts += [f"Not all jobs have ended: {lack} are missing."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Escape what Markdown, or the HTML in it, would take for markup."""
+    text = " ".join(escape(text, quote=False).split())
+    for mark in "\\`*_[]|~":
+        text = text.replace(mark, f"\\{mark}")
+    return text
+
+
+def to_latex(table: DataFrame) -> str:
+    """Return the tables of :func:`cells` for the LaTeX package booktabs, each after a comment that names it."""
+    needed = "Needs the package booktabs, and fontenc with T1 for names with < > |"
+    parts = [f"% {line}" for line in (needed, *LEGEND.splitlines())]
+    for title, wide, _ in texts(table):
+        shape = "ll" + "r" * (len(wide.columns) - 2)
+        parts += ["", f"% {' '.join(title.split())}", wide.to_latex(index=False, escape=True, column_format=shape)]
+    return "\n".join(parts)
+
+
+def to_csv(table: DataFrame) -> str:
+    """Return a table as CSV, whose cells of text spreadsheets take for no formula."""
+    texts = table.select_dtypes(exclude=["number", "bool"])
+    safe = texts.map(lambda cell: f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell)
+    return table.assign(**safe).to_csv(index=False, lineterminator="\n")
+
+
+def per_job(outcome: Outcome) -> DataFrame:
+    """Return a line for each job that has ended."""
+    table = pd.json_normalize([{**asdict(job), "depends_on": json.dumps(job.depends_on)} for job in outcome.results])
+    return table.astype({"k_shot": "Int64"})
