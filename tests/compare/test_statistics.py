@@ -1,4 +1,4 @@
-"""Areas of resamples, intervals over seeds and images, and tests, against scikit-learn, SciPy and hand-worked figures."""
+"""Areas, intervals and tests against scikit-learn, SciPy, DeLong's variance and figures worked out by hand."""
 
 import runpy
 from pathlib import Path
@@ -50,9 +50,7 @@ def test_pixel_areas_equal_scikit_learns():
     counts = rng.integers(0, 5, (4, 2, 8)).astype(float)
     weights = draw(4, 3)
     scores, labels = np.tile(np.arange(8), 2 * 4), np.tile(np.repeat([0, 1], 8), 4)
-    expected = [
-        roc_auc_score(labels, scores, sample_weight=(row[:, None, None] * counts).flatten()) for row in weights
-    ]
+    expected = [roc_auc_score(labels, scores, sample_weight=(row[:, None, None] * counts).flatten()) for row in weights]
     np.testing.assert_allclose(pixel_auroc(counts, weights), expected, atol=1e-12)
 
 
@@ -66,15 +64,10 @@ def test_the_interval_of_one_seed_agrees_with_delong_and_scipys_bootstrap():
     found, areas = estimated(labels, scores)
     assert areas[0, 1:].std() == pytest.approx(np.sqrt(delong(labels, scores[0])), rel=0.06)
     scipys = bootstrap(
-        (labels, scores[0]),
-        lambda of, score: roc_auc_score(of, score),
-        paired=True,
-        vectorized=False,
-        n_resamples=1000,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    assert (found.low, found.high) == pytest.approx((scipys.low, scipys.high), abs=0.012)
+        (labels, scores[0]), roc_auc_score, paired=True, vectorized=False, n_resamples=400, rng=np.random.default_rng(0)
+    )
+    assert areas[0, 1:].std() == pytest.approx(scipys.standard_error, rel=0.1)
+    assert (found.low, found.high) == pytest.approx(scipys.confidence_interval, abs=0.015)
 
 
 def test_the_variance_over_seeds_and_images_is_that_of_obuchowski_and_rockette():
@@ -86,7 +79,9 @@ def test_the_variance_over_seeds_and_images_is_that_of_obuchowski_and_rockette()
     covariance = np.cov(right.mean(axis=2)) / sum(labels == 1) + np.cov(right.mean(axis=1)) / sum(labels == 0)
     shared = covariance[~np.eye(6, dtype=bool)].mean()
     between = areas[:, 0].var(ddof=1) / 6
-    critical = (2.5706 * between + 1.9659 * shared) / (between + shared)  # Student's t with 5 and 399 degrees of freedom
+    critical = (2.5706 * between + 1.9659 * shared) / (
+        between + shared
+    )  # Student's t with 5 and 399 degrees of freedom
     assert (found.high - found.low) / 2 == pytest.approx(critical * np.sqrt(between + shared), rel=0.05)
 
 
@@ -138,8 +133,7 @@ def test_holm_as_worked_out_by_hand():
 @pytest.mark.parametrize(
     "setting",
     [
-        {"images": 50, "seeds": 1, "auroc": 0.7},
-        {"images": 50, "seeds": 3, "auroc": 0.95, "spread": 0.02},
+        {"images": 100, "seeds": 1, "auroc": 0.7},
         {"images": 60, "seeds": 3, "auroc": 0.8, "spread": 0.03, "per_patient": 2},
         {"images": 50, "seeds": 5, "auroc": 0.8, "spread": 0.03, "other": 0.9},
     ],

@@ -309,10 +309,10 @@ def _compare(rows: dict[str, dict[str, Any]], seeds: dict[str, DataFrame], named
         pairs += [pair for pair in combinations(able, 2) if reference not in pair]
     found = {}
     for method, other in pairs if reference in able else []:
-        both = seeds[method].join(seeds[other], rsuffix="_other", how="inner")
-        common = both.index[both.test_set == both.test_set_other]
-        if len(common):
-            found[method, other] = len(common), _estimate(seeds[method].loc[common], seeds[other].loc[common])
+        one, two = seeds[method], seeds[other]
+        common = [seed for seed in one.index.intersection(two.index) if one.test_set[seed] == two.test_set[seed]]
+        if common:
+            found[method, other] = len(common), _estimate(one.loc[common], two.loc[common])
     adjusted = dict(zip(found, holm([difference.p for _, difference in found.values()]), strict=True))
     for method in there:
         row, pair = rows[method], (method, reference)
