@@ -49,8 +49,8 @@ NOT_COMPARED = {
 JOB = ["method", "protocol", "category", "k_shot", "seed"]
 LINE = ["protocol", "method"]
 LEGEND = """\
-In percent: mean over seeds ± standard deviation [95 % interval of the mean over seeds and test images; of one seed, over
-test images alone]. † Backbone with random weights: the scores mean nothing clinically. ‡ Epoch chosen on the test
+In percent: mean over seeds ± standard deviation [95 % interval of the mean over seeds and test images; of one seed,
+over test images alone]. † Backbone with random weights: the scores mean nothing clinically. ‡ Epoch chosen on the test
 images, which is optimistic. Differences are paired: the same seeds and the same test images. Their p-values are
 adjusted for all comparisons of a column (Holm, 1979): with the reference, or all pairs if it is just the best."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -354,7 +354,7 @@ def _sentence(row: Series) -> str:
         first, second, sign = second, first, -100
     low, high = sorted([sign * row.difference_low, sign * row.difference_high])
     points = f"{sign * row.difference:.2f} points [{low:.2f}, {high:.2f}]"
-    points += ", p < 0.001" if row.p < 0.001 else f", p = {row.p:.3f}"
+    points += ", adjusted p < 0.001" if row.p < 0.001 else f", adjusted p = {row.p:.3f}"
     points += ", over test images alone, as there is one seed" if row.paired == 1 else ""
     if row.verdict == "not told apart":
         return f"{first} is not told apart from {second}: {points}."
