@@ -82,7 +82,7 @@ def test_the_page_refers_to_nothing_outside(page):
 
 
 def test_names_are_text(run, page):
-    for name in FILES[:1] + FILES[2:4]:
+    for name in ("index.html", "results.md"):
         text = (run / "report" / name).read_text()
         assert "<script" not in text
         assert "<b>" not in text
@@ -117,8 +117,7 @@ def test_figures_are_means_in_percent_that_the_scores_give(run, page):
 
 
 def test_settings_and_epochs_are_told(page):
-    assert "model.image_size: 240" in page.text
-    assert "50" in page.cells
+    assert any("MVFA" in cell and "model.image_size: 240" in cell and "epochs: 50" in cell for cell in page.cells)
 
 
 def test_pictures_have_texts_and_tables_have_scopes(page):

@@ -117,7 +117,7 @@ def test_the_best_is_the_reference_and_all_pairs_count(tmp_path):
     named = cells(load(tmp_path), 200).query("metric == 'image_AUROC'").set_index("method")
     assert named.p["A"] < rows.p["A"] < 0.05  # adjusted for three comparisons rather than six
     said = sentences(table)
-    assert said[table.index[0]].startswith(f"C is above A by {-100 * rows.difference['A']:.2f} points [")
+    assert said[table.index[0]].startswith(f"A is below C by {-100 * rows.difference['A']:.1f} points [")
 
 
 def test_a_named_reference_that_is_not_there_or_random_is_compared_with_nothing(tmp_path):

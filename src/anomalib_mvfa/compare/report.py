@@ -68,7 +68,7 @@ def render(outcome: tables.Outcome, cells: pd.DataFrame, images: pd.DataFrame, r
     """
     shots = cells.k_shot.dropna().drop_duplicates().sort_values().tolist()
     shown_k = SHOWN_K if SHOWN_K in shots else max(shots, default=None)
-    random = {result.method for result in outcome.finished if result.random_weights}
+    marks = {"†": set(cells.method[cells.random_weights]), "‡": set(cells.method[cells.optimistic])}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -79,7 +79,9 @@ def render(outcome: tables.Outcome, cells: pd.DataFrame, images: pd.DataFrame, r
     environment.tests["known"] = pd.notna
     environment.filters |= {
         "breakable": breakable,
-        "named": lambda name: breakable(name) + Markup("&nbsp;†") * (name in random),
+        "named": lambda name: (
+            breakable(name) + "".join(f"\N{NO-BREAK SPACE}{mark}" for mark in marks if name in marks[mark])
+        ),
         "percent": lambda share, digits=2: f"{100 * share:.{digits}f}",
         "points": lambda share, sign="+": f"{100 * share:{sign}.1f}".replace("-", "\N{MINUS SIGN}"),
         "median": median,
@@ -92,7 +94,7 @@ def render(outcome: tables.Outcome, cells: pd.DataFrame, images: pd.DataFrame, r
         cells=cells.join(tables.sentences(cells).rename("sentence")),
         images=images,
         resamples=resamples,
-        paper=paper_table(outcome.config["paper"]) if outcome.config["paper"] else None,
+        paper=paper_table(outcome.config["paper"]) if outcome.config.get("paper") else None,
         lacking=tables.lacking(outcome),
         tables=tables,
         figures=figures,

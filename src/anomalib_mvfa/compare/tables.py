@@ -349,16 +349,14 @@ def sentences(table: DataFrame) -> Series:
 def _sentence(row: Series) -> str:
     if row.verdict == "not comparable":
         return f"{row.method} is not comparable with {row.reference}: {row.why}."
-    first, second, sign = row.method, row.reference, 100
-    if row.verdict == "below":
-        first, second, sign = second, first, -100
+    sign = -100 if row.verdict == "below" else 100
     low, high = sorted([sign * row.difference_low, sign * row.difference_high])
-    points = f"{sign * row.difference:.2f} points [{low:.2f}, {high:.2f}]"
+    points = f"{sign * row.difference:.1f} points [{low:.1f}, {high:.1f}]"
     points += ", adjusted p < 0.001" if row.p < 0.001 else f", adjusted p = {row.p:.3f}"
     points += ", over test images alone, as there is one seed" if row.paired == 1 else ""
     if row.verdict == "not told apart":
-        return f"{first} is not told apart from {second}: {points}."
-    return f"{first} is above {second} by {points}."
+        return f"{row.method} is not told apart from {row.reference}: {points}."
+    return f"{row.method} is {row.verdict} {row.reference} by {points}."
 
 
 def texts(table: DataFrame) -> Iterator[tuple[str, DataFrame, list[str]]]:
