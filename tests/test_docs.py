@@ -28,6 +28,7 @@ from workspace import write_workspace
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # the README trains what other pages use
 IMAGE_SIZE = 28
+SMALL_PATCHCORE = "Patchcore, init_args: {backbone: resnet18, pre_trained: false}}"
 WEIGHTS = "weights/ViT-L-14-336px.pt"  # on the pages; a tiny random CLIP here
 BLOCK = re.compile(r"(<!-- not executed: (?P<why>.+?) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\((?!\w+://)([^)#]+)")
@@ -121,6 +122,8 @@ def test_block_runs(block, reader):
         pytest.importorskip("openvino")
     if block.language == "yaml":
         _save(block.text)
+    elif block.language == "python" and block.text.startswith("# own_"):
+        Path(block.text.splitlines()[0].removeprefix("# ")).write_text(block.text)
     elif block.language == "python":
         text = block.text.replace("max_epochs=50", "max_epochs=1").replace("k_shot=4", "k_shot=1")
         reader.setenv("TRUST_REMOTE_CODE", "0")  # so that a value that the block sets does not outlive it
@@ -135,7 +138,7 @@ def test_block_runs(block, reader):
 def _save(text):
     """Save a file whose first line is its name."""
     name = text.splitlines()[0].removeprefix("# ")
-    content = yaml.safe_load(text.replace("[cuda]", "[cpu]"))
+    content = yaml.safe_load(text.replace("[cuda]", "[cpu]").replace("Patchcore}", SMALL_PATCHCORE))
     Path(name).write_text(yaml.safe_dump(content))
 
 

@@ -135,12 +135,12 @@ class Own(Patchcore):
 
 
 def test_a_model_of_ones_own_is_found_where_the_command_is_run(tmp_path, monkeypatch):
-    (tmp_path / "own_models.py").write_text(OWN)
+    (tmp_path / "own_patchcore.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
-    model, origin = build_model({"class_path": "own_models.Own", "init_args": {"gain": 2}})
+    model, origin = build_model({"class_path": "own_patchcore.Own", "init_args": {"gain": 2}})
     assert (type(model).__name__, model.gain, origin) == ("Own", 2, Origin(None, False))
-    with pytest.raises(ValueError, match=r"class_path='own_modles\.Own': own_modles cannot be imported"):
-        build_model({"class_path": "own_modles.Own"})
+    with pytest.raises(ValueError, match=r"class_path='own_patchcroe\.Own': own_patchcroe cannot be imported"):
+        build_model({"class_path": "own_patchcroe.Own"})
 
 
 class Code:

@@ -94,6 +94,7 @@ def _repeat(parser: Any, arguments: list[str]) -> int:  # noqa: ANN401  # argpar
     parser.epilog = "All further options are those of `anomalib train`."
     options, train = parser.parse_known_args(arguments)
     model, data, trainer = _train_configuration(train)
+    accelerator = trainer.pop("accelerator", "auto")
     name, seeds = model["class_path"].rpartition(".")[2], yaml.safe_load(f"[{options.seeds.strip('[]')}]")
     comparison = Comparison(
         methods={name: Method("own_split", model, trainer=trainer)},
@@ -101,7 +102,7 @@ def _repeat(parser: Any, arguments: list[str]) -> int:  # noqa: ANN401  # argpar
         seeds=seeds,
         group_by=data["init_args"].get("group_by"),
         select_epoch_on_test=options.select_epoch_on_test,
-        accelerator=trainer.pop("accelerator", "auto"),
+        accelerator=accelerator,
         title=f"{name} with {len(seeds)} seeds",
     )
     return _run(comparison, options.output, options.workers)

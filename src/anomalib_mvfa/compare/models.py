@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import anomalib.models
 from anomalib.models import list_models
 from anomalib.models.components import AnomalibModule, TimmFeatureExtractor
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from ..baselines.base import check_layers, checked_path, fill_extractor
 from ..io import file_digest
@@ -54,9 +54,9 @@ def build_model(
         FileNotFoundError: There is no such file.
         RuntimeError: Weights could not be downloaded.
     """
-    parser, arguments = _parsed(model, weights, defaults)
-    built = parser.instantiate_classes(arguments).model
-    arguments = arguments.model
+    parser, config = _parsed(model, weights, defaults)
+    built = parser.instantiate_classes(config).get("model") or find_model(model["class_path"])()  # without arguments
+    arguments = config.get("model", Namespace())
     extractors = [module for module in built.modules() if isinstance(module, TimmFeatureExtractor)]
     for extractor in extractors:
         check_layers(extractor, arguments.get("layers") or extractor.layers)
@@ -81,11 +81,11 @@ def model_arguments(model: Mapping[str, Any], weights: str | None, defaults: Map
 
     Of a class that is not installed with anomalib or this package, the source file counts as well.
     """
-    _, arguments = _parsed(model, weights, defaults)
+    _, config = _parsed(model, weights, defaults)
     named = find_model(str(model["class_path"]))
     own = named.__module__.partition(".")[0] not in {"anomalib", __package__.partition(".")[0]}
     source = getsourcefile(named) if own else None
-    return {"class": named.__qualname__, **arguments.model.as_dict(), "source": source and file_digest(source)}
+    return {"class": named.__qualname__, **config.get("model", Namespace()).as_dict(), "source": source and file_digest(source)}
 
 
 def find_model(class_path: str) -> type[AnomalibModule]:
