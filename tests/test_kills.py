@@ -279,10 +279,7 @@ def test_a_comparison_that_was_killed_ends_as_an_unbroken_one(clinic, run, fresh
         rows = read_results(folder / "out")
         kept = ("job", "digest", "seed", "metrics", "images", "parameters", "test_set", "error")
         scores = [(folder / "out/jobs" / row.job / "scores.csv").read_text() for row in rows]
-        return [
-            ({name: getattr(row, name) for name in kept}, one)
-            for row, one in zip(rows, scores, strict=True)
-        ]
+        return [({name: getattr(row, name) for name in kept}, one) for row, one in zip(rows, scores, strict=True)]
 
     def check(folder, _, result):
         assert result == 0

@@ -28,6 +28,7 @@ PROTOCOLS = {
     "few_shot": "Few-shot: K normal and K abnormal images",
     "leave_one_out": "Leave-one-out: labelled images of other categories",
     "zero_shot": "Zero-shot: no images",
+    "own_split": "Own split: what the data give for training",
 }
 METRICS = {
     "image_AUROC": "Image AUROC (AC, anomaly classification)",
