@@ -15,8 +15,8 @@ from anomalib.engine import Engine
 from anomalib_mvfa import BMADOneClass, Mvfa, load_adapters
 from anomalib_mvfa.baselines.med_clip import StageBackbone
 from anomalib_mvfa.compare.config import Comparison
-from anomalib_mvfa.compare.results import read_arrays
 from anomalib_mvfa.compare.models import build_model
+from anomalib_mvfa.compare.results import read_arrays
 from anomalib_mvfa.model.backbone import ClipBackbone
 from anomalib_mvfa.model.weights import checked_download
 from recipe import TINY, adapter_weights

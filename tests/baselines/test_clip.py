@@ -7,9 +7,9 @@ import torch
 
 import by_hand
 from anomalib_mvfa import BMADLeaveOneOut, BrainPhantom, Clip, Mvfa
-from anomalib_mvfa.compare.recorders import level_maps
 from anomalib_mvfa.model.calibration import fill_bank, set_ranges
 from anomalib_mvfa.model.fusion import Weights
+from anomalib_mvfa.model.level_maps import level_maps
 from anomalib_mvfa.model.torch_model import Scoring
 from recipe import TINY
 

@@ -8,9 +8,9 @@ import torch
 from anomalib.data import InferenceBatch
 
 import by_hand
-from anomalib_mvfa.compare.recorders import level_maps
 from anomalib_mvfa.model.calibration import fill_bank, set_ranges
 from anomalib_mvfa.model.fusion import Weights
+from anomalib_mvfa.model.level_maps import level_maps
 from anomalib_mvfa.model.losses import MvfaLoss
 from anomalib_mvfa.model.prompts import Prompts
 from anomalib_mvfa.model.torch_model import Scoring, TrainingOutput

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -80,23 +81,24 @@ def fill_extractor(extractor: TimmFeatureExtractor, path: str | None) -> None:
         FileNotFoundError: There is no such file.
         ValueError: It is no state dict, or does not fit.
     """
-    features = {"features_only": True, "exportable": True, "out_indices": extractor.idx}
+    backbone = str(extractor.backbone)
+    features: dict[str, Any] = {"features_only": True, "exportable": True, "out_indices": extractor.idx}
     arguments = {"dynamic_img_size": True} if extractor._uses_intermediates else features  # noqa: SLF001  # as built
     if path is None:
         with drawn_from(RANDOM_SEED):
-            network = timm.create_model(extractor.backbone, **arguments)
+            network = timm.create_model(backbone, **arguments)
     else:
-        overlay = {"state_dict": _headless_state(extractor.backbone, path), "classifier": None, "num_classes": 0}
+        overlay = {"state_dict": _headless_state(backbone, path), "classifier": None, "num_classes": 0}
         try:
             # The whole network first: where only features are wanted, timm takes any file, and loads of it what fits.
-            timm.create_model(extractor.backbone, pretrained=True, pretrained_cfg_overlay=overlay)
+            timm.create_model(backbone, pretrained=True, pretrained_cfg_overlay=overlay)
         except Exception as error:  # noqa: BLE001  # timm's converters raise whatever a strange file makes them
             msg = (
-                f"The weights {path!r} do not fit the backbone {extractor.backbone} ({first_line(error)}). Name the "
+                f"The weights {path!r} do not fit the backbone {backbone} ({first_line(error)}). Name the "
                 "backbone that the file was made for, or another file."
             )
             raise ValueError(msg) from None
-        network = timm.create_model(extractor.backbone, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+        network = timm.create_model(backbone, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
     extractor.feature_extractor.load_state_dict(network.state_dict(), strict=False)  # a classifier is not used
 
 
@@ -114,8 +116,8 @@ def checked_path(path: str) -> Path:
     found = Path(path).expanduser()
     if not found.is_file():
         msg = (
-            f"weights={path!r}: there is no such file. Give the path of a state dict (.pt, .pth, .safetensors); or null "
-            "in a comparison, pre_trained=false in a model, for random weights."
+            f"weights={path!r}: there is no such file. Give the path of a state dict (.pt, .pth, .safetensors); or, for "
+            "random weights, null in a comparison and pre_trained=false in a model."
         )
         raise FileNotFoundError(msg)
     return found

@@ -193,7 +193,7 @@ class Comparison:
         mappings = self.data if isinstance(self.data, list) else [self.data]
         found: dict[str, dict[str, Any]] = {}
         for mapping in mappings:
-            for category in self.categories or [None]:
+            for category in self.categories or [""]:
                 arguments = {**mapping.get("init_args", {}), **({"category": category} if category else {})}
                 name = arguments.get("category") or arguments.get("name") or mapping["class_path"].rpartition(".")[2]
                 if name in found:

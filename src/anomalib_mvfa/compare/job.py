@@ -69,8 +69,8 @@ class Job:
 
     def result(self, **values: Any) -> JobResult:  # noqa: ANN401  # of a result's fields
         """Return a result of this job."""
-        facts = {"method": self.name, "protocol": self.method.protocol, "category": self.category}
-        return JobResult(**facts, k_shot=self.k_shot, seed=self.seed, job=self.folder, **values)
+        facts = (self.name, self.method.protocol, self.category, self.k_shot, self.seed, self.folder)
+        return JobResult(*facts, **values)
 
     def datamodule(self) -> AnomalibDataModule:
         """Return the data to learn from and to test on; the tested images are the same for every protocol.

@@ -85,11 +85,8 @@ def model_arguments(model: Mapping[str, Any], weights: str | None, defaults: Map
     named = find_model(str(model["class_path"]))
     own = named.__module__.partition(".")[0] not in {"anomalib", __package__.partition(".")[0]}
     source = getsourcefile(named) if own else None
-    return {
-        "class": named.__qualname__,
-        **config.get("model", Namespace()).as_dict(),
-        "source": source and file_digest(source),
-    }
+    arguments = config.get("model", Namespace()).as_dict()
+    return {"class": named.__qualname__, **arguments, "source": source and file_digest(source)}
 
 
 def find_model(class_path: str) -> type[AnomalibModule]:

@@ -23,8 +23,8 @@ from torch.nn.functional import interpolate
 from ..data.reading import read_image, read_mask
 from ..data.support import draw
 from ..metrics.pixel_metrics import count
-from ..model.fusion import fuse
-from ..model.torch_model import BranchScores, MvfaModel
+from ..model.level_maps import level_maps
+from ..model.torch_model import MvfaModel
 
 PIXEL_BINS = 1024
 """Number of bin edges for pixel counts; the metric itself uses finer bins. Half of the edges are evenly spaced, and
@@ -142,7 +142,7 @@ def features_of(model: Any, batch: ImageBatch, rows: Sequence[int]) -> dict[str,
 def save_features(recorder: Recorder, folder: Path) -> None:
     """Write ``features.npz``, where there are features: "labels" (N), "frozen" and "adapted", ``(N, D)`` each."""
     if "labels" in recorder.kept:
-        arrays = {name: np.stack(recorder.kept[name]) for name in ("labels", "frozen", "adapted")}
+        arrays: dict[str, Any] = {name: np.stack(recorder.kept[name]) for name in ("labels", "frozen", "adapted")}
         np.savez_compressed(folder / "features.npz", **arrays)
 
 
@@ -175,7 +175,7 @@ def save_pictures(recorder: Recorder, folder: Path, samples: pd.DataFrame, level
     }
     if samples.attrs.get("task") == "segmentation":
         arrays["masks"] = [_mask(row, image) for (_, row), image in zip(rows.iterrows(), images, strict=True)]
-    np.savez_compressed(folder / "pictures.npz", **{name: np.asarray(array) for name, array in arrays.items()})
+    np.savez_compressed(folder / "pictures.npz", **arrays)
 
 
 class Stopwatch(Callback):
@@ -221,29 +221,6 @@ def peak_memory(device: torch.device) -> float:
 
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def level_maps(model: MvfaModel, image: torch.Tensor) -> torch.Tensor:
-    """Score images by each level alone (paper, Figure 4).
-
-    Args:
-        model: Calibrated model in eval mode.
-        image: RGB in [0, 1], ``(B, 3, image_size, image_size)``.
-
-    Returns:
-        Anomaly maps ``(B, l, H, W)`` of the scored levels, each fused with the weights and value ranges of the whole.
-    """
-    scoring, tokens = model.scoring, model.tokens(image)
-    logits, distances = model.logits(tokens, scoring.map_branch, model.text_features), None
-    if scoring.weights.few > 0:
-        distances = model.bank.level_distances(scoring.map_branch, model.scored_tokens(tokens, scoring.map_branch))
-    ranges = model.ranges[0] if scoring.normalised else None
-    maps = []
-    for level in range(len(model.scored_levels)):
-        of_text = logits[:, [level]] if logits is not None else None
-        of_bank = distances[level] if distances is not None else None
-        maps.append(fuse(*model.maps(BranchScores(of_text, of_bank, None, None)), scoring.weights, ranges))
-    return torch.stack(maps, dim=1)
 
 
 def _small(maps: torch.Tensor) -> np.ndarray:
