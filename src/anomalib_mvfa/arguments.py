@@ -36,8 +36,8 @@ ARGUMENTS = {
     "levels": Argument("Blocks (from 1) whose output is adapted or compared; the quarter points by default."),
     "class_name": Argument('Class name for prompts; the datamodule\'s by default, then "object".'),
     "quick_gelu": Argument(
-        "Use QuickGELU, with which OpenAI's weights were trained, in place of GELU in both towers. MVFA's published "
-        "code does not."
+        "Use QuickGELU, with which OpenAI's weights were trained, in place of GELU in both towers, as the "
+        "backbones called ...-quickgelu always do. MVFA's published code does not."
     ),
     "normalize": Argument("Whether images are normalised by CLIP's mean and standard deviation."),
     "image_score": Argument(choices=("map_max", "det_mean", "det_max")),

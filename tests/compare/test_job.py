@@ -222,6 +222,22 @@ def test_what_a_result_belongs_to(what, changes, comparison, two_categories, tin
     assert (desk.digest() != before) == changes
 
 
+def test_weights_seed_and_protocol_count_where_the_model_has_no_argument_for_them(comparison, tmp_path):
+    weights = tmp_path / "weights.pt"
+    weights.write_bytes(b"1")
+
+    def digest(protocol="full_normal", seed=0):
+        method = {"protocol": protocol, "model": {"class_path": "Patchcore"}}
+        plan = comparison(methods={"A": method}, weights={"A": str(weights)}, seeds=[seed], categories=["Brain"])
+        return digest_of(identify(jobs_of(plan))[jobs_of(plan)[0].folder])
+
+    before = digest()
+    assert digest() == before != digest(seed=1)
+    assert digest("zero_shot") != digest("few_normal")  # with the same images
+    weights.write_bytes(b"2")
+    assert digest() != before
+
+
 OWN = """
 from anomalib.models import Padim
 

@@ -238,3 +238,27 @@ def test_windows():
     assert check_window([-150, 250]) == (-150.0, 250.0)
     assert check_window(("1%", "99.5 %")) == ("1%", "99.5%")
     assert check_window(["0", "5"]) == (0.0, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("slope", "intercept", "window", "expected"),
+    [(-1, 255, (0, 100), [255, 255, 0]), (4, -1024, (-1024, -624), [0, 255, 255])],
+)
+def test_8_bits_in_units_of_their_own_are_shown_in_these_units(tmp_path, slope, intercept, window, expected):
+    values = np.array([[0, 100, 255]], np.uint8)
+    path = write_dicom(tmp_path / "a.dcm", values, RescaleSlope=slope, RescaleIntercept=intercept)
+    scan = read_scan(path)
+    np.testing.assert_array_equal(scan.slices[0], values.astype(float) * slope + intercept)
+    np.testing.assert_array_equal(to_8_bit(scan, None, path)[0], values if slope > 0 else 255 - values)
+    np.testing.assert_array_equal(to_8_bit(scan, window, path)[0], [expected])
+    np.testing.assert_array_equal(read_scan(path, as_mask=True).slices[0], values)
+
+
+def test_files_without_preamble_are_read(tmp_path):
+    values = np.arange(6, dtype=np.int16).reshape(2, 3)
+    path = write_dicom(tmp_path / "a.dcm", values, RescaleSlope=2, RescaleIntercept=-1)
+    path.write_bytes(path.read_bytes()[132:])
+    np.testing.assert_array_equal(read_scan(path).slices, [2 * values - 1])
+    path.write_bytes(b"no picture at all" * 20)
+    with pytest.raises(ValueError, match=r"a\.dcm cannot be read as a scan .*neither DICOM's preamble nor"):
+        read_scan(path)

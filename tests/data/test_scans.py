@@ -11,6 +11,7 @@ import torch
 from anomalib.data.utils import LabelName
 from anomalib.engine import Engine
 from PIL import Image
+from pydicom import dcmread
 
 from anomalib_mvfa import FewShot, Mvfa, PredictScans, Scans
 from anomalib_mvfa.data import scans
@@ -316,3 +317,31 @@ def test_prediction_has_a_map_and_an_image_for_every_slice(hospital, tmp_path, t
     assert sum(len(batch.anomaly_map) for batch in batches) == len(dataset)
     shown = names(next((tmp_path / "run").rglob("images")))
     assert [Path(name).name for name in shown] == [path.name for path in dataset.image_filenames]
+
+
+def test_files_of_dicom_without_pixels_are_left_out_with_a_warning(tmp_path, caplog):
+    for index in range(2):
+        write_dicom(tmp_path / f"healthy/{index}.dcm", np.full((8, 8), index, np.int16))
+    report = dcmread(tmp_path / "healthy/0.dcm")
+    for name in ("Rows", "Columns", "PixelData"):
+        del report[name]
+    for name in ("report.dcm", "DICOMDIR"):
+        report.save_as(tmp_path / "healthy" / name)
+    target = scans.convert({"normal": tmp_path / "healthy"}, tmp_path / "pictures", (0, 1))
+    assert [path.name for path in sorted(target.rglob("*.png"))] == ["0.png", "1.png"]
+    assert "2 DICOM files without pixels" in caplog.text
+    assert "DICOMDIR" in caplog.text
+
+
+def test_a_series_of_single_files_shares_its_percentiles(tmp_path):
+    for patient, scale in (("p0", 1), ("p1", 10)):
+        for index in range(3):
+            values = np.full((4, 4), scale * index, np.int16)
+            write_dicom(tmp_path / "healthy" / patient / f"{index}.dcm", values)
+    target = scans.convert({"normal": tmp_path / "healthy"}, tmp_path / "pictures", ("0%", "100%"))
+    shown = {
+        f"{path.parent.name}/{path.stem}": int(np.asarray(Image.open(path)).max()) for path in target.rglob("*.png")
+    }
+    assert shown == {
+        f"{patient}/{index}": value for patient in ("p0", "p1") for index, value in enumerate((0, 128, 255))
+    }

@@ -67,6 +67,12 @@ def test_image_tower(build, weights, quick):
         assert (x - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+def test_a_config_that_asks_for_quick_gelu_gets_it(build, tiny_config, tmp_path):
+    path = tmp_path / "quick.json"
+    path.write_text(json.dumps({**json.loads(tiny_config.read_text()), "quick_gelu": True}))
+    assert build(config=path).fingerprint == build(quick_gelu=True).fingerprint != build().fingerprint
+
+
 @pytest.mark.parametrize("quick", [False, True])
 def test_text_tower(build, weights, quick):
     backbone = build(quick_gelu=quick)

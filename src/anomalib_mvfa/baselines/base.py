@@ -116,8 +116,8 @@ def checked_path(path: str) -> Path:
     found = Path(path).expanduser()
     if not found.is_file():
         msg = (
-            f"weights={path!r}: there is no such file. Give the path of a state dict (.pt, .pth, .safetensors); or, for "
-            "random weights, null in a comparison and pre_trained=false in a model."
+            f"weights={path!r}: there is no such file. Give the path of a state dict (.pt, .pth, .safetensors); or, "
+            "for random weights, null in a comparison and pre_trained=false in a model."
         )
         raise FileNotFoundError(msg)
     return found

@@ -127,7 +127,6 @@ class Job:
                 ],
                 "trainer": _effective("trainer", self.method.trainer),
                 "weights": self.weights,
-                "shots": self.k_shot,
                 "seed": self.seed,
                 "select_epoch_on_test": self.comparison.select_epoch_on_test,
                 "images": images,

@@ -17,7 +17,7 @@ from .reading import is_high_bit_depth
 
 Bound = float | str
 Window = tuple[Bound, Bound]
-"""What becomes black and what becomes white: values in the file's units, or percentiles of a file ("1%")."""
+"""What becomes black and what becomes white: values in the file's units, or percentiles of a scan ("1%")."""
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 PILLOW_SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".tif", ".tiff", ".webp")
@@ -84,6 +84,12 @@ def read_scan(path: Path, as_mask: bool = False) -> Scan:
     return scan
 
 
+def values_of(window: Window, values: np.ndarray) -> tuple[float, float]:
+    """Return the ends of a window as values: percentiles are of all ``values`` together."""
+    low, high = (float(np.percentile(values, float(end[:-1])) if isinstance(end, str) else end) for end in window)
+    return low, high
+
+
 def to_8_bit(scan: Scan, window: Window | None, path: Path) -> list[Image.Image]:
     """Return a scan's slices as 8-bit images, in a window or by default the file's own; 8-bit scans as they are.
 
@@ -99,7 +105,7 @@ def to_8_bit(scan: Scan, window: Window | None, path: Path) -> list[Image.Image]
                 "black and which white: window=[-150, 250], in its units, or window=[1%, 99%], percentiles of a file."
             )
             raise ValueError(msg)
-        low, high = (np.percentile(values, float(end[:-1])) if isinstance(end, str) else end for end in ends)
+        low, high = values_of(ends, values)
         if high < low:
             msg = f"{path}: the window is from {low:g} to {high:g} in this file. Give the lower end first."
             raise ValueError(msg)
@@ -163,10 +169,9 @@ def _read_nifti(path: Path) -> Scan:
 
 
 def _read_dicom(path: Path, as_mask: bool) -> Scan:
-    from pydicom import dcmread
     from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
 
-    file = dcmread(path)
+    file = _open_dicom(path)
     for name in ("WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept"):
         if name in file and file[name].is_empty:  # as software leaves them that takes out what names a patient
             del file[name]
@@ -182,13 +187,45 @@ def _read_dicom(path: Path, as_mask: bool) -> Scan:
         stored = (stored >> 8 * (stored.itemsize - 1)).astype(np.uint8)
     if stored.ndim == 4:
         return Scan(stored, is_8_bit=stored.dtype == np.uint8)
-    is_8_bit = stored.dtype == np.uint8 and file.BitsStored == 8 and "WindowWidth" not in file
+    few_bits = stored.dtype == np.uint8 and file.BitsStored == 8 and "WindowWidth" not in file
+    values = stored if as_mask else apply_modality_lut(stored, file)
+    is_8_bit = few_bits and np.array_equal(values, stored)
+    # Values of 8 bits in units of their own are shown from the lowest to the highest that there can be.
+    of_bits = np.sort(apply_modality_lut(np.array([0, 255], np.uint8), file)).tolist() if few_bits else None
     return Scan(
-        slices=stored if is_8_bit or as_mask else apply_modality_lut(stored, file),
-        window=_own_window(file),
+        slices=values,
+        window=_own_window(file) or of_bits,
         is_8_bit=is_8_bit,
         inverted=file.PhotometricInterpretation == "MONOCHROME1",
     )
+
+
+def holds_pixels(path: Path) -> bool:
+    """Whether a scan has pixels, as DICOM's directories, presentation states and reports do not."""
+    if path.name.lower().endswith((*NIFTI_SUFFIXES, *PILLOW_SUFFIXES)):
+        return True
+    try:
+        return "Rows" in _open_dicom(path, specific_tags=["Rows"], stop_before_pixels=True)
+    except Exception:  # noqa: BLE001  # no DICOM at all: an error when it is read
+        return True
+
+
+def _open_dicom(path: Path, **arguments: Any) -> Any:  # noqa: ANN401  # pydicom's
+    """Open a DICOM file, also one that begins with its elements, as old software writes them."""
+    from pydicom import dcmread
+    from pydicom.errors import InvalidDicomError
+    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    try:
+        return dcmread(path, **arguments)
+    except InvalidDicomError:
+        file = dcmread(path, force=True, **arguments)
+        if "Rows" not in file:
+            msg = "it is no DICOM file: it has neither DICOM's preamble nor elements of an image"
+            raise ValueError(msg) from None
+        implicit, _ = file.original_encoding
+        file.file_meta.setdefault("TransferSyntaxUID", ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian)
+        return file
 
 
 def _own_window(file: Any) -> tuple[float, float] | None:  # noqa: ANN401  # pydicom's data set

@@ -11,6 +11,7 @@ All slices of a file are one group, and so are the files of one slice in a folde
 import copy
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections import defaultdict
@@ -28,8 +29,22 @@ from rich.progress import track
 
 from ..io import explain_full_disk
 from .reading import MASK_THRESHOLD, by_name, check_mask_names, check_mask_values, find_images
-from .scan_files import PILLOW_SUFFIXES, Bound, Scan, Window, check_window, is_scan, read_scan, stem_of, to_8_bit
+from .scan_files import (
+    PILLOW_SUFFIXES,
+    Bound,
+    Scan,
+    Window,
+    check_window,
+    holds_pixels,
+    is_scan,
+    read_scan,
+    stem_of,
+    to_8_bit,
+    values_of,
+)
 from .support import hold_out
+
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 RECORD = "scans.json"
 
@@ -49,8 +64,8 @@ class Scans(Folder):
         normal_test_dir: Folder of normal scans to test on.
         mask_dir: Folder of masks, in any of these formats, above 0 where abnormal; named like their scans.
         window: What becomes black and what white, of files of more than 8 bits: two values in the file's units
-            (Hounsfield units of CT), or two percentiles of a file, such as ``["1%", "99%"]``. By default, the window
-            that a DICOM file has itself.
+            (Hounsfield units of CT), or two percentiles of a file, or of all files of one slice in a folder, such as
+            ``["1%", "99%"]``. By default, the window that a DICOM file has itself.
         pictures: Folder of the 8-bit slices, by default ``./datasets/<name>_8bit``. Below it, changed scans and other
             windows have slices in a folder of their own; old ones may be removed at will.
         kwargs: Further arguments of anomalib's ``Folder``: batch sizes, workers, augmentations and splits.
@@ -156,6 +171,7 @@ def convert(sources: Mapping[str, Path], pictures: Path, window: Window | None) 
             return target
         for left in (partial, target):  # by a run that was killed, or with slices that have been removed
             shutil.rmtree(left, ignore_errors=True)
+        scans = {kind: _with_pixels(paths) for kind, paths in scans.items()}
         try:
             with explain_full_disk(target):
                 _write_slices(scans, partial, window)
@@ -192,6 +208,31 @@ def _files_below(folder: Path) -> Iterator[Path]:
         seen.add(real)
 
 
+def _with_pixels(paths: Mapping[str, Path]) -> dict[str, Path]:
+    """Leave out DICOM files without pixels, with a warning."""
+    kept = {name: path for name, path in paths.items() if holds_pixels(path)}
+    if left := sorted(str(path) for name, path in paths.items() if name not in kept):
+        logger.warning("%d DICOM files without pixels (directories, reports) are left out: %s", len(left), left[:5])
+    return kept
+
+
+def _windows_of_series(paths: Mapping[str, Path], window: Window | None) -> dict[str, Window]:
+    """Return the window of each folder whose files have one slice each, where it is given in percentiles.
+
+    Percentiles of a series are those of all its files, as those of a volume are of all its slices.
+    """
+    folders: dict[str, list[Path]] = defaultdict(list)
+    for name, path in paths.items():
+        folders[str(Path(name).parent)].append(path)
+    found: dict[str, Window] = {}
+    for folder, files in folders.items() if window is not None and isinstance(window[0], str) else ():
+        if folder != "." and len(files) > 1:
+            slices = [scan.slices for scan in map(read_scan, files) if not scan.is_8_bit]
+            if window is not None and slices and all(len(one) == 1 for one in slices):
+                found[folder] = values_of(window, np.concatenate([one.flatten() for one in slices]))
+    return found
+
+
 def _write_slices(scans: Mapping[str, Mapping[str, Path]], target: Path, window: Window | None) -> None:
     """Write the 8-bit slices of scans and masks, each kind to its folder; see :func:`convert`."""
     masks = scans.get("mask")
@@ -199,9 +240,10 @@ def _write_slices(scans: Mapping[str, Mapping[str, Path]], target: Path, window:
         check_mask_names("the abnormal scans", scans.get("abnormal", {}), masks, "A mask has its scan's name.")
     marked: dict[str, bool] = defaultdict(bool)  # by group
     for kind, paths in scans.items():
+        windows = _windows_of_series(paths, window) if kind != "mask" else {}
         for name, path in track(paths.items(), f"Converting {kind} scans", transient=True) if kind != "mask" else ():
             scan = read_scan(path)
-            images, marks = to_8_bit(scan, window, path), None
+            images, marks = to_8_bit(scan, windows.get(str(Path(name).parent), window), path), None
             if kind == "abnormal" and masks is not None:
                 marks = _read_marks(masks[name], scan, path)
                 folder = str(Path(name).parent)

@@ -60,6 +60,7 @@ class ClipBackbone(nn.Module):
     def __init__(self, backbone: str, pretrained: str | None, image_size: int, quick_gelu: bool = False) -> None:
         super().__init__()
         config = _read_config(backbone)
+        quick_gelu = quick_gelu or bool(config.get("quick_gelu"))  # as the models called "...-quickgelu" have it
         patch_size = config["vision_cfg"]["patch_size"]
         if image_size < patch_size:
             msg = f"image_size={image_size} is smaller than one patch of {backbone}; it must be at least {patch_size}."
