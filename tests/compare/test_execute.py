@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import sys
 
 import numpy as np
 import pandas as pd
@@ -163,6 +164,13 @@ def test_a_full_disk_is_this_jobs_error(finished, monkeypatch):
     result, folder = finished("PatchCore")
     assert result.error.startswith(f"OSError: {folder} was not written (No space left on device)")
     assert sorted(path.name for path in folder.iterdir()) == ["error.txt", "result.json"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere a process keeps its parent's number")
+def test_a_job_whose_parent_has_ended_before_it_began_ends(monkeypatch):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit):
+        module._end_with(os.getppid() + 1)
 
 
 def test_arguments_that_a_job_sets_follow_its_data_and_shots(comparison, tmp_path, monkeypatch):

@@ -162,7 +162,7 @@ def _now() -> str:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent ends, even if that is killed."""
+    """End this process when its parent ends, or has ended before."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -174,9 +174,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("job")
     parser.add_argument("--gpu", type=int)
+    parser.add_argument("--parent", type=int, help="Process with which this one ends, even if that is killed.")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # Lightning's own handler calls this one too
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    if options.parent is not None:
+        threading.Thread(target=_end_with, args=(options.parent,), daemon=True).start()
     jobs = {job.folder: job for job in jobs_of(Comparison.load(options.run / "config.yaml"))}
     execute(jobs[options.job], options.run, options.gpu)
     return 0

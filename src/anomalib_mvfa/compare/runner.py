@@ -182,7 +182,7 @@ def _start(job: Job, run: Path, gpu: int | None, environment: dict[str, str]) ->
     """Start a job's process, in a session of its own, which Ctrl-C in the terminal does not reach."""
     log = run / "logs" / f"{job.folder}.log"
     log.parent.mkdir(exist_ok=True)
-    command = _command(job, run, *(["--gpu", str(gpu)] if gpu is not None else []))
+    command = _command(job, run, "--parent", str(os.getpid()), *(["--gpu", str(gpu)] if gpu is not None else []))
     streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
     with explain_full_disk(log), log.open("wb") as file:
         return subprocess.Popen(command, stdout=file, env=environment, start_new_session=True, **streams)  # noqa: S603  # ours
