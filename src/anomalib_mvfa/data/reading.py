@@ -28,6 +28,7 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def _read(path: str | Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    _check_file(Path(path))
     try:
         with Image.open(path) as image:
             is_high = is_high_bit_depth(image)
@@ -108,12 +109,17 @@ def find_images(folder: Path, paths: Iterable[Path], is_image: Callable[[Path], 
     """Return the images among the paths in a folder, sorted, which must be files; the log names what is left out."""
     found = sorted(paths)
     images = [path for path in found if is_image(path)]
-    if odd := [path for path in images if not path.is_file()]:
-        msg = f"{odd[0]} is no file: a folder, or a link to nothing. Restore it or take it out of the data set."
-        raise ValueError(msg)
+    for path in images:
+        _check_file(path)
     if left := [path.name for path in found if not path.is_dir() and not is_image(path)]:
         logger.warning("%s: %d files are no images by their names and left out: %s.", folder, len(left), left[:5])
     return images
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        msg = f"{path} is no file: a folder, or a link to nothing. Restore it or take it out of the data set."
+        raise ValueError(msg)
 
 
 def by_name(paths: Iterable[Path], name_of: Callable[[Path], str]) -> dict[str, Path]:
