@@ -21,6 +21,7 @@ from .data import LeaveOneOut as LeaveOneOut
 from .data import Phantom as Phantom
 from .data import PredictScans as PredictScans
 from .data import Scans as Scans
+from .data.reading import read_image as read_image
 from .model.build import build_mvfa as build_mvfa
 from .model.lightning_model import Mvfa as Mvfa
 from .model.torch_model import MvfaModel as MvfaModel

@@ -11,6 +11,7 @@ from typing import Any
 from anomalib import TaskType
 from anomalib.data import AnomalibDataModule, ImageBatch, ImageItem
 from anomalib.data.utils import LabelName
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
 DEFAULT_CLASS_NAME = "object"
@@ -97,3 +98,12 @@ def dataset_of(trainer: Any, kind: str) -> Any:  # noqa: ANN401  # Lightning's t
     loader = getattr(getattr(loops[kind], "_data_source", None), "instance", None)
     loader = loader[0] if isinstance(loader, list) and loader else loader
     return getattr(loader, "dataset", None) if isinstance(loader, DataLoader) else None
+
+
+def datasets_of(trainer: Any) -> list[Any]:  # noqa: ANN401  # Lightning's trainer
+    """Return all datasets of a trainer's datamodule and loaders."""
+    loops = (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
+    sources = [getattr(loop._data_source, "instance", None) for loop in (*loops, trainer.predict_loop)]  # noqa: SLF001
+    loaders = [loader for source in sources for loader in CombinedLoader(source).flattened]
+    own = [getattr(trainer.datamodule, f"{kind}_data", None) for kind in ("train", "val", "test")]
+    return own + [loader.dataset for loader in loaders if isinstance(loader, DataLoader)]

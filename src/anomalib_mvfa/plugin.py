@@ -34,6 +34,8 @@ def attach(host: ModuleType) -> None:
         if not module.startswith(HOSTS[host.__name__]):
             continue
         ours = getattr(package, name)
+        if not isinstance(ours, type):
+            continue
         if getattr(host, name, ours) is ours:
             setattr(host, name, ours)
         else:

@@ -13,9 +13,10 @@ from torchvision.tv_tensors import Mask
 
 from anomalib_mvfa import Mvfa
 from anomalib_mvfa.contract import class_name_of
+from anomalib_mvfa.data import dataset
 from anomalib_mvfa.data.augmentation import view
-from anomalib_mvfa.data.dataset import ConcatDataset, SampleDataset, SupportViewDataset, collate
-from anomalib_mvfa.data.reading import read_image, read_mask, refuse_high_bit_depth
+from anomalib_mvfa.data.dataset import ConcatDataset, SampleDataset, SupportViewDataset, collate, read_item
+from anomalib_mvfa.data.reading import MASK_THRESHOLD, read_image, read_mask, refuse_high_bit_depth
 from anomalib_mvfa.data.samplers import eval_loader
 
 RESIZE = Resize((24, 24), interpolation=InterpolationMode.BICUBIC, antialias=True)
@@ -37,7 +38,7 @@ def samples(tmp_path):
         image, mask = tmp_path / f"image{i}.png", tmp_path / f"mask{i}.png"
         Image.fromarray(noise(*size, 3, seed=i)).save(image)
         if i >= 2:
-            Image.fromarray(noise(*size, seed=10 + i)).save(mask)
+            Image.fromarray(noise(*size, seed=10 + i) // 128 * 255).save(mask)
         rows.append(
             {"image_path": str(image), "mask_path": str(mask) if i >= 2 else "", "label_index": i // 2, "split": "test"}
         )
@@ -104,21 +105,60 @@ def test_files_are_closed(tmp_path, recwarn):
     Image.fromarray(noise(8, 8)).save(tmp_path / "a.tif", save_all=True, append_images=[Image.fromarray(noise(8, 8))])
     with pytest.raises(ValueError, match=r"a\.tif has 2 pages, of which one would be read\. Save each as a file"):
         read_image(tmp_path / "a.tif")
-    with pytest.raises(ValueError, match=r"gone\.png cannot be read as an image"):
+    with pytest.raises(ValueError, match=r"gone\.png is no file"):
         read_image(tmp_path / "gone.png")
     assert not [warning for warning in recwarn if warning.category is ResourceWarning]
 
 
 def test_masks_have_the_size_of_their_image_and_0_and_255(tmp_path):
     path = tmp_path / "mask.png"
-    Image.new("L", (9, 8)).save(path)
-    assert not np.asarray(read_mask(path, (9, 8))).any()
+    Image.new("L", (9, 8), 255).save(path)
+    assert np.asarray(read_mask(path, (9, 8))).all()
     with pytest.raises(ValueError, match=r"Mask .*mask\.png is 9x8 pixels, its image 8x9\. They must agree\."):
         read_mask(path, (8, 9))
-    for highest in (1, 127):
-        Image.fromarray(np.where(noise(8, 8) > 99, highest, 0).astype(np.uint8)).save(path)
-        with pytest.raises(ValueError, match=rf"values up to {highest}, and only those above 127 .* 0 and 255"):
-            read_mask(path, (8, 8))
+
+
+LEFT, RIGHT, NOTHING = np.eye(8, 4), np.eye(8, 4, -4), np.zeros((8, 4))
+BOTH = np.hstack([LEFT, RIGHT]) > 0
+
+
+def painted(left, right, ground=0):
+    """Return a mask of two lesions: one of a value, one of another, on a ground."""
+    where = np.hstack([LEFT, 2 * RIGHT]).astype(int)
+    return Image.fromarray(np.array([ground, left, right], np.uint8)[where])
+
+
+WHITE, RED, GREEN, CLEAR = (255, 255, 255), (255, 0, 0), (0, 255, 0), (255, 255, 255, 0)
+TOO_LOW = (
+    r"has grey values such as \[.*{}\], of {} up to 127 that would not count\. Write masks with 0 and 255, and not as"
+)
+MASKS = {
+    "white": (painted(255, 255), None),
+    "above the middle": (painted(128, 200), None),
+    "bright colours": (painted(GREEN, (255, 255, 0), (0, 0, 0)), None),
+    "one bit": (painted(255, 255).convert("1"), None),
+    "in a transparent layer": (painted((*WHITE, 255), (*WHITE, 200), CLEAR), None),
+    "in a transparent layer of grey": (painted((255, 255), (255, 255), (255, 0)), None),
+    "two grey levels": (painted(85, 170), TOO_LOW.format(85, 1)),
+    "label numbers": (painted(1, 2), TOO_LOW.format(2, 2)),
+    "two colours": (painted(RED, GREEN, (0, 0, 0)), TOO_LOW.format(76, 1)),
+    "hardly opaque": (painted((*WHITE, 255), (*WHITE, 90), CLEAR), TOO_LOW.format(90, 1)),
+    "black on transparent": (
+        painted((0, 0, 0, 255), (0, 0, 0, 255), CLEAR),
+        "marks nothing, and its image is abnormal",
+    ),
+    "black": (painted(0, 0), r"marks nothing, and its image is abnormal\. Correct the mask, or move the image"),
+}
+
+
+@pytest.mark.parametrize(("mask", "error"), MASKS.values(), ids=MASKS)
+def test_every_painted_pixel_counts_or_the_mask_is_refused(mask, error, tmp_path):
+    mask.save(tmp_path / "mask.png")
+    if error is None:
+        assert np.array_equal(np.asarray(read_mask(tmp_path / "mask.png", (8, 8))) > MASK_THRESHOLD, BOTH)
+        return
+    with pytest.raises(ValueError, match=rf"Mask .*mask\.png {error}"):
+        read_mask(tmp_path / "mask.png", (8, 8))
 
 
 # ------------------------------------------------------------------------------------------------------ SampleDataset
@@ -144,10 +184,6 @@ def test_without_augmentations_images_keep_their_size(samples):
     item = SampleDataset(samples)[1]
     assert item.image.shape == (3, 64, 33)
     torch.testing.assert_close(torch.Tensor(item.image), unit(noise(64, 33, 3, seed=1)), atol=1e-7, rtol=0)
-    values = np.array([[0, 127, 128, 255]], dtype=np.uint8)
-    Image.fromarray(values).save(samples.mask_path[2])
-    Image.fromarray(np.stack([values] * 3, axis=-1)).save(samples.image_path[2])
-    assert SampleDataset(samples)[2].gt_mask.tolist() == [[0, 0, 1, 1]]  # a mask is abnormal above the middle
 
 
 def test_other_augmentations_move_image_and_mask_alike(samples):
@@ -252,8 +288,7 @@ def test_views_come_view_by_view_with_masks_moved_alike(samples):
 
 def test_support_is_read_once_unless_augmentations_are_random(samples, monkeypatch):
     reads = []
-    read = SampleDataset._read
-    monkeypatch.setattr(SampleDataset, "_read", lambda self, row: reads.append(row.image_path) or read(self, row))
+    monkeypatch.setattr(dataset, "read_item", lambda data, row: reads.append(row) or read_item(data, row))
     views = SupportViewDataset(SampleDataset(samples, augmentations=RESIZE))
     for _ in range(3):
         assert len([views[index] for index in range(44)]) == 44

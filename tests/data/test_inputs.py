@@ -3,14 +3,22 @@
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
+from anomalib.data import AnomalibDataset
+from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
+from lightning.pytorch import Callback
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from anomalib_mvfa import BMADFewShot, Mvfa
+from anomalib_mvfa import BMADFewShot, Mvfa, read_image
+from anomalib_mvfa.data.dataset import SampleDataset
 from anomalib_mvfa.data.phantom import write_phantom
 from scan_recipe import write_rgb_16_bit
 
@@ -19,6 +27,7 @@ RED = np.stack([GREY, GREY // 2, np.zeros_like(GREY)], axis=-1)
 RGB_OF_GREY = np.stack([GREY] * 3, axis=-1)
 BROKEN = r"cannot be read as an image \(.*Restore the file or take it out of the data set"
 HIGH_BIT_DEPTH = r"has more than 8 bits a channel, and only its origin tells which intensity window to show\. Conv"
+PAGES = r"has 2 pages, of which one would be read"
 NO_FILE = r"is no file: a folder, or a link to nothing"
 
 
@@ -59,15 +68,15 @@ def palette(path):
     image.save(path)
 
 
-def rotated(path):
-    """Write a picture that a camera held upside down has taken."""
+def turned(orientation, values):
+    """Return a writer of a picture that is upright once it is turned as its EXIF data say."""
     exif = Image.Exif()
-    exif[0x0112] = 3
-    Image.fromarray(RGB_OF_GREY[::-1, ::-1]).save(path, quality=100, subsampling=0, exif=exif)
+    exif[0x0112] = orientation
+    return picture(values, exif=exif)
 
 
-def pages(path):
-    Image.fromarray(GREY).save(path, save_all=True, append_images=[Image.fromarray(GREY)])
+def pages(path, **options):
+    Image.fromarray(GREY).save(path, save_all=True, append_images=[Image.fromarray(GREY[::-1])], **options)
 
 
 def photo_with_preview(path):
@@ -77,7 +86,7 @@ def photo_with_preview(path):
 
 
 def link(path):
-    target = path.parents[4] / "elsewhere.png"
+    target = path.parents[2] / "elsewhere.png"
     Image.fromarray(GREY).save(target)
     path.symlink_to(target)
 
@@ -94,7 +103,15 @@ TABLE = {
     "CMYK JPEG": Row(picture(RED, "CMYK", quality=100, subsampling=0), RED, "odd.jpg", tolerance=24),
     "upper case": Row(picture(GREY), RGB_OF_GREY, "ODD.PNG"),
     "JPEG by another name": Row(picture(GREY, format="JPEG", quality=100), RGB_OF_GREY, tolerance=8),
-    "camera upside down": Row(rotated, RGB_OF_GREY, "odd.jpg", tolerance=8),
+    "EXIF, upright": Row(turned(1, RED), RED),
+    "EXIF, mirrored": Row(turned(2, RED[:, ::-1]), RED),
+    "EXIF, upside down": Row(turned(3, RED[::-1, ::-1]), RED),
+    "EXIF, upside down and mirrored": Row(turned(4, RED[::-1]), RED),
+    "EXIF, transposed": Row(turned(5, RED.swapaxes(0, 1)), RED),
+    "EXIF, to the left": Row(turned(6, RED.swapaxes(0, 1)[::-1]), RED, "odd.tif"),
+    "EXIF, transposed and upside down": Row(turned(7, RED.swapaxes(0, 1)[::-1, ::-1]), RED),
+    "EXIF, to the right": Row(turned(8, RED[::-1].swapaxes(0, 1)), RED),
+    "colour profile": Row(picture(RGB_OF_GREY, icc_profile=b"any", quality=100), RGB_OF_GREY, "odd.jpg", tolerance=8),
     "photo with a preview": Row(photo_with_preview, RGB_OF_GREY, "odd.jpg", tolerance=8),
     "one pixel": Row(picture(GREY[7:, 7:]), RGB_OF_GREY[7:, 7:]),
     "link to elsewhere": Row(link, RGB_OF_GREY),
@@ -106,8 +123,10 @@ TABLE = {
     "32-bit TIFF": Row(picture(GREY.astype(np.int32)), HIGH_BIT_DEPTH, "odd.tif"),
     "float TIFF of NaN": Row(picture(np.full((8, 8), np.nan, np.float32)), HIGH_BIT_DEPTH, "odd.tif"),
     "16-bit colour PNG": Row(write_rgb_16_bit, HIGH_BIT_DEPTH),
-    "several pages": Row(pages, r"has 2 pages, of which one would be read", "odd.tif"),
-    "film": Row(pages, r"has 2 pages, of which one would be read", "odd.png"),
+    "several pages": Row(pages, PAGES, "odd.tif"),
+    "film": Row(pages, PAGES),
+    "film of a GIF": Row(partial(pages, format="GIF"), PAGES),
+    "film of WebP": Row(partial(pages, format="WEBP"), PAGES),
     "bomb": Row(lambda path: Image.new("1", (14_000, 14_000)).save(path), r"is too large an image .*Scale it down or"),
     "empty": Row(content(b""), BROKEN),
     "text": Row(content(b"not an image"), BROKEN),
@@ -150,6 +169,76 @@ def test_every_file_is_read_right_or_named(row, folder):
     assert len(items) == 5
     assert found.shape == row.expected.shape
     assert np.abs(found - row.expected).max() <= row.tolerance + 0.01
+
+
+# ------------------------------------------------------------------------------------------- Every way to score a file
+
+
+@pytest.fixture(scope="module")
+def model(tiny_config):
+    return Mvfa(str(tiny_config), pretrained=None, image_size=56, few_shot_weight=0, visualizer=False)
+
+
+class Kept(Callback):
+    """Keeps the maps of a test."""
+
+    def on_test_batch_end(self, trainer, pl_module, outputs, *args):
+        self.maps = outputs.anomaly_map
+
+
+@pytest.fixture(scope="module")
+def ways(model, tmp_path_factory):
+    """Return functions from the path of a file, alone in its folder, to its map (H, W): every way there is."""
+    root = tmp_path_factory.mktemp("ways")
+    kept = Kept()
+    quiet = {"enable_progress_bar": False, "logger": False, "accelerator": "cpu", "devices": 1}
+    engine = Engine(default_root_dir=root, callbacks=[kept], **quiet)
+
+    def test(path, form=SampleDataset):
+        samples = pd.DataFrame({"image_path": [str(path)], "mask_path": "", "label_index": 0, "split": "test"})
+        samples.attrs["task"] = "segmentation"
+        dataset = SampleDataset(samples) if form is SampleDataset else form()
+        dataset.samples, dataset.augmentations = samples, model.pre_processor.transform
+        engine.test(model, DataLoader(dataset, collate_fn=dataset.collate_fn), verbose=False)
+        return kept.maps[0]
+
+    def predict(path):
+        (batch,) = engine.predict(model, data_path=path.parent)
+        return batch.anomaly_map[0]
+
+    picture(RED)(root / "first.png")
+    predict(root / "first.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)  # OpenVINO's cache
+        patch.setenv("TRUST_REMOTE_CODE", "1")
+        torched = TorchInferencer(engine.export(model, ExportType.TORCH, export_root=root), device="cpu")
+        openvino = OpenVINOInferencer(
+            engine.export(model, ExportType.OPENVINO, export_root=root), config={"INFERENCE_PRECISION_HINT": "f32"}
+        )
+        yield {
+            "test": test,
+            "test of anomalib's dataset": lambda path: test(path, AnomalibDataset),
+            "predict": predict,
+            "torch": lambda path: torched.predict(read_image(path)).anomaly_map[0].detach(),
+            "OpenVINO": lambda path: torch.from_numpy(openvino.predict(read_image(path)).anomaly_map[0]),
+        }
+
+
+@pytest.mark.parametrize("row", TABLE.values(), ids=TABLE)
+@pytest.mark.filterwarnings("ignore")
+def test_every_way_scores_alike_or_refuses(row, ways, tmp_path):
+    (tmp_path / "films").mkdir()
+    path, plain = tmp_path / "films" / row.name, tmp_path / "plain.png"
+    row.write(path)
+    if isinstance(row.expected, str):
+        for way in ways.values():
+            with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){path.name}|missing file path"):
+                way(path)
+        return
+    Image.fromarray(row.expected.astype(np.uint8)).save(plain)
+    expected = ways["test"](plain)
+    for name, way in ways.items():
+        assert (way(path) - expected).abs().max() < 0.02 + row.tolerance / 255, name
 
 
 def test_names_of_no_text_pass_through_a_whole_run(folder, tiny_config, tmp_path):

@@ -22,6 +22,7 @@ from anomalib_mvfa.data import (
     LeaveOneOut,
 )
 from anomalib_mvfa.data.bmad import CATEGORIES
+from anomalib_mvfa.data.folder import NamedFolder
 from anomalib_mvfa.data.support import group_of
 
 PATIENT = r"/p(\d)_"
@@ -256,7 +257,7 @@ def test_own_folders_from_mappings_and_from_the_command_line(tmp_path, own_root,
     init_args = {"source": own_folder, "k_shot": 1, "group_by": PATIENT, "num_workers": 0}
     data = ready(get_datamodule({"class_path": "FewShot", "init_args": init_args}))
     assert_disjoint(data, contents)
-    assert (type(data.source), data.name) == (Folder, "own")
+    assert (type(data.source), data.name) == (NamedFolder, "own")
     arguments = ["train", "--model", "Mvfa", "--model.backbone", str(tiny_config), "--model.pretrained", "null"]
     arguments += ["--data", "FewShot", "--data.source", "Folder", "--data.source.root", str(own_root)]
     arguments += ["--data.source.name", "own", "--data.source.normal_dir", "train", "--data.k_shot", "1"]

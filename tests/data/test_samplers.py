@@ -2,6 +2,7 @@
 
 from itertools import chain, zip_longest
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -23,6 +24,9 @@ class Numbers(SampleDataset):
 
     def __len__(self):
         return self.count
+
+    def kinds(self):
+        return [np.arange(self.count)]
 
     def __getitem__(self, index):
         return self.start + index

@@ -32,6 +32,7 @@ class TrainedBaseline(AnomalibMixin):
 
     def setup(self, stage: str) -> None:
         """Choose how long to train, and describe the training data."""
+        super().setup(stage)
         if stage == "fit":
             plan_epochs(self.trainer, self.max_epochs)
             self.facts = describe(self.datamodule, self.dataset("train"))

@@ -228,6 +228,6 @@ def _small(maps: torch.Tensor) -> np.ndarray:
 
 
 def _mask(row: Any, image: Image.Image) -> np.ndarray:  # noqa: ANN401  # of a samples table
-    if row.label_index != LabelName.ABNORMAL:
+    if row.label_index != LabelName.ABNORMAL or not row.mask_path:
         return np.zeros((SIDE, SIDE), np.uint8)
     return np.asarray(read_mask(row.mask_path, image.size).resize((SIDE, SIDE), Image.Resampling.NEAREST))

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from anomalib.data import AnomalibDataModule, AnomalibDataset, get_datamodule
+from anomalib.data import AnomalibDataModule, AnomalibDataset, Folder, get_datamodule
 from anomalib.data.utils import ValSplitMode
 from pandas import DataFrame
 from torch.utils.data import DataLoader
@@ -12,6 +12,8 @@ from torchvision.transforms.v2 import Transform
 
 from ..arguments import check_bounds
 from ..contract import ProtocolDefaults, class_name_of_data
+from .dataset import lacks_mask
+from .folder import NamedFolder
 from .samplers import eval_loader, train_loader
 from .support import hold_out
 
@@ -33,6 +35,8 @@ class SplitDataModule(AnomalibDataModule):
         test_augmentations: Augmentations of test images.
         augmentations: Augmentations where none of the three above are given.
         seed: Seed of draws, and of the order of training.
+        partial_masks: Whether abnormal images may lack masks, where others have them. These train and score images
+            alone, and are left out of pixel metrics.
 
     Attributes:
         protocol: Settings that the protocol implies for the model.
@@ -53,6 +57,7 @@ class SplitDataModule(AnomalibDataModule):
         test_augmentations: Transform | None = None,
         augmentations: Transform | None = None,
         seed: int = 0,
+        partial_masks: bool = False,
     ) -> None:
         check_bounds("train_batch_size", train_batch_size, 1)
         check_bounds("eval_batch_size", eval_batch_size, 1)
@@ -67,6 +72,7 @@ class SplitDataModule(AnomalibDataModule):
             augmentations=augmentations,
             seed=seed,
         )
+        self.partial_masks = partial_masks
 
     @property
     def name(self) -> str:
@@ -105,18 +111,23 @@ class SplitDataModule(AnomalibDataModule):
 
 def resolve_source(source: Source) -> AnomalibDataModule:
     """Return a datamodule, built from its mapping if it is given as one; ValueError if it is neither."""
-    if isinstance(source, AnomalibDataModule):
-        return source
     if isinstance(source, Mapping) and "class_path" in source:
-        return get_datamodule(dict(source))
+        source = get_datamodule(dict(source))
+    if isinstance(source, AnomalibDataModule):
+        if type(source) is Folder:
+            source.__class__ = NamedFolder  # with the same arguments
+        return source
     msg = f"source={source!r} must be an anomalib datamodule, or a mapping with class_path and init_args."
     raise ValueError(msg)
 
 
-def set_up_source(source: AnomalibDataModule, seed: int, with_train: bool = False) -> AnomalibDataset | None:
+def set_up_source(
+    source: AnomalibDataModule, seed: int, partial_masks: bool, with_train: bool = False
+) -> AnomalibDataset | None:
     """Set a source up, and return its validation images; None if all its labelled images are test images.
 
     The seed is for its splits where it has none; ``with_train`` says whether its training images are needed.
+    ValueError if abnormal images lack masks, and these may not be partial.
     """
     if hasattr(source, "needs_train"):
         source.needs_train = with_train
@@ -125,7 +136,16 @@ def set_up_source(source: AnomalibDataModule, seed: int, with_train: bool = Fals
     if source.seed is None:
         source.seed = seed  # else every process would split by itself
     source.setup()
-    return None if source.val_split_mode == ValSplitMode.NONE else source.val_data
+    own = None if source.val_split_mode == ValSplitMode.NONE else source.val_data
+    tables = [data.samples for data in (source.test_data, own) if data is not None]
+    lacking = [path for table in tables for path in table.image_path[lacks_mask(table)]]
+    if lacking and not partial_masks:
+        msg = (
+            f"{len(lacking)} abnormal images of {source.name} have no mask: {lacking[:5]}. Add masks, or set "
+            "partial_masks=true: such images then train and score images alone, and no pixel metric counts them."
+        )
+        raise ValueError(msg)
+    return own
 
 
 def hold_out_validation(

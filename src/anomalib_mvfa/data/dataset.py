@@ -5,15 +5,16 @@ Axes: H height, W width.
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
 from anomalib import TaskType
-from anomalib.data import AnomalibDataset, ImageBatch, ImageItem
+from anomalib.data import AnomalibDataset, ImageBatch, ImageItem, PredictDataset
 from anomalib.data.utils import LabelName
-from pandas import DataFrame, Series
+from pandas import DataFrame
 from PIL import Image
 from torchvision.transforms.v2 import Resize, Transform
 from torchvision.transforms.v2.functional import to_dtype, to_image
@@ -21,7 +22,7 @@ from torchvision.tv_tensors import Mask
 
 from ..contract import class_name_of
 from .augmentation import VIEWS, view
-from .reading import MASK_THRESHOLD, read_image, read_mask, refuse_high_bit_depth
+from .reading import MASK_THRESHOLD, is_visible, read_image, read_mask, refuse_high_bit_depth
 
 
 class SampleDataset(AnomalibDataset):
@@ -62,11 +63,10 @@ class SampleDataset(AnomalibDataset):
 
     def __getitem__(self, index: int) -> ImageItem:
         """Return an item: image ``(3, H, W)`` in [0, 1], mask ``(H, W)`` where the data set has masks, and label."""
-        row = self.samples.iloc[index]
         if self.reader is None:
-            item = self._read(row)
+            item = read_item(self, index)
         else:
-            refuse_high_bit_depth(row.image_path)
+            refuse_high_bit_depth(self.samples.image_path.iloc[index])
             self.reader.augmentations = self.augmentations
             item = cast("ImageItem", self.reader[index])
         item.class_name = self.class_name  # type: ignore[attr-defined]  # no field of anomalib's
@@ -77,25 +77,74 @@ class SampleDataset(AnomalibDataset):
         """Collate items, all of one class name, into a batch that carries it."""
         return collate
 
-    def _read(self, row: Series) -> ImageItem:
-        image, mask = read_image(row.image_path), None
-        is_abnormal, augment = row.label_index == LabelName.ABNORMAL, self.augmentations
-        if self.task == TaskType.SEGMENTATION and row.label_index != LabelName.UNKNOWN:
-            mask = read_mask(row.mask_path, image.size) if is_abnormal else Image.new("L", image.size)
-        if isinstance(augment, Resize):
-            image, augment = augment(image), None
-            mask = mask.resize(image.size, Image.Resampling.NEAREST) if mask else None
-        tensor = to_dtype(to_image(image), torch.float32, scale=True)
-        gt_mask = Mask(torch.from_numpy(np.asarray(mask) > MASK_THRESHOLD).to(torch.uint8)) if mask else None
-        if augment is not None:
-            tensor, gt_mask = augment(tensor, gt_mask)
-        return ImageItem(
-            image=tensor,
-            gt_mask=gt_mask,
-            gt_label=None if row.label_index == LabelName.UNKNOWN else torch.tensor(int(row.label_index)),
-            image_path=str(row.image_path),
-            mask_path=str(row.mask_path) if mask and is_abnormal else None,
-        )
+    def kinds(self) -> list[np.ndarray]:
+        """Return the indices of items with and without a mask, of which no batch must hold both; empty ones left out.
+
+        All items are of one kind unless masks are missing.
+        """
+        missing = np.resize(lacks_mask(self.samples), len(self))
+        return [kind for kind in (np.flatnonzero(~missing), np.flatnonzero(missing)) if len(kind)]
+
+
+def lacks_mask(samples: DataFrame) -> np.ndarray:
+    """Return whether each sample is an abnormal image without a mask among images with masks, bool ``(N)``."""
+    is_abnormal = (samples.label_index == LabelName.ABNORMAL).to_numpy(bool)
+    with_masks = samples.attrs.get("task") == TaskType.SEGMENTATION
+    return is_abnormal & (samples.mask_path.fillna("") == "").to_numpy(bool) if with_masks else is_abnormal & False
+
+
+def read_item(dataset: AnomalibDataset, index: int) -> ImageItem:
+    """Read item i of a dataset: image ``(3, H, W)`` in [0, 1], mask ``(H, W)`` where there is one, and label."""
+    row, augment = dataset.samples.iloc[index], dataset.augmentations
+    image, mask = read_image(row.image_path), None
+    if dataset.task == TaskType.SEGMENTATION and row.label_index == LabelName.NORMAL:
+        mask = Image.new("L", image.size)
+    elif dataset.task == TaskType.SEGMENTATION and row.label_index == LabelName.ABNORMAL and row.mask_path:
+        mask = read_mask(row.mask_path, image.size)
+    if isinstance(augment, Resize):
+        image, augment = augment(image), None
+        mask = mask.resize(image.size, Image.Resampling.NEAREST) if mask else None
+    tensor = _to_tensor(image)
+    gt_mask = Mask(torch.from_numpy(np.asarray(mask) > MASK_THRESHOLD).to(torch.uint8)) if mask else None
+    if augment is not None:
+        tensor, gt_mask = augment(tensor, gt_mask)
+    return ImageItem(
+        image=tensor,
+        gt_mask=gt_mask,
+        gt_label=None if row.label_index == LabelName.UNKNOWN else torch.tensor(int(row.label_index)),
+        image_path=str(row.image_path),
+        mask_path=str(row.mask_path) if mask and row.label_index == LabelName.ABNORMAL else None,
+    )
+
+
+def _to_tensor(image: Image.Image) -> torch.Tensor:
+    return to_dtype(to_image(image), torch.float32, scale=True)
+
+
+def read_strictly(dataset: Any) -> None:  # noqa: ANN401  # any dataset
+    """Let loaders read a dataset of anomalib's as :func:`read_item` does; others read as they do.
+
+    Nothing of anomalib is changed: torch's loaders ask an object that has ``__getitems__`` for a whole batch.
+    """
+    kind, read = getattr(type(dataset), "__getitem__", None), None
+    if kind is AnomalibDataset.__getitem__:
+        read = partial(read_item, dataset)
+    elif kind is PredictDataset.__getitem__:
+        paths = dataset.image_filenames
+        dataset.image_filenames = [path for path in paths if is_visible(path, paths)] or paths
+        read = partial(_read_to_predict, dataset)
+    if read is not None:
+        dataset.__getitems__ = partial(_read_all, read)
+
+
+def _read_all(read: Callable[[int], ImageItem], indices: list[int]) -> list[ImageItem]:
+    return [read(index) for index in indices]
+
+
+def _read_to_predict(dataset: PredictDataset, index: int) -> ImageItem:
+    path = dataset.image_filenames[index]
+    image = _to_tensor(read_image(path))
+    return ImageItem(image=dataset.transform(image) if dataset.transform else image, image_path=str(path))
 
 
 class SupportViewDataset(SampleDataset):
@@ -151,6 +200,11 @@ class ConcatDataset(AnomalibDataset):
     def __len__(self) -> int:
         """Return the number of images."""
         return sum(map(len, self.parts))
+
+    def kinds(self) -> list[np.ndarray]:
+        """Return the indices of the items that may share a batch: by part, with or without masks."""
+        firsts = np.cumsum([0, *map(len, self.parts)])
+        return [first + kind for first, part in zip(firsts, self.parts, strict=False) for kind in part.kinds()]
 
     def __getitem__(self, index: Any) -> Any:  # noqa: ANN401  # an item, or the items of a list of indices
         """Return the item of an index, or the items of a list of indices."""

@@ -10,7 +10,7 @@ from pandas import DataFrame
 from ..arguments import check_bounds
 from ..contract import FEW_SHOT
 from .base import Source, SplitDataModule, hold_out_validation, resolve_source, set_up_source
-from .dataset import SampleDataset, SupportViewDataset
+from .dataset import SampleDataset, SupportViewDataset, lacks_mask
 from .support import LABELS, check_pattern, draw, duplicates, groups_of, pick, read_support_list
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
@@ -71,7 +71,7 @@ class FewShot(SplitDataModule):
 
     def _setup(self, _stage: str | None = None) -> None:
         """Set the source up, and split its images into support, validation and test."""
-        own = set_up_source(self.source, self.seed, self.needs_train)
+        own = set_up_source(self.source, self.seed, self.partial_masks, self.needs_train)
         dataset = self.source.test_data if own is None else own
         pool, test = dataset.samples, self.source.test_data.samples
         support = self._named(pool) if self.support_list else None
@@ -143,6 +143,13 @@ class FewShot(SplitDataModule):
             msg = (
                 f"{len(found)} support images appear in validation or test again: {shown}. Remove the duplicates, or "
                 "choose another seed or support_list."
+            )
+            raise ValueError(msg)
+        lacking = lacks_mask(support)
+        if lacking.any() and lacking.sum() == (support.label_index == LabelName.ABNORMAL).sum():
+            msg = (
+                f"No abnormal support image of {self.category or self.name} has a mask to learn from: "
+                f"{support.image_path[lacking].tolist()[:5]}. Choose another seed, a larger k_shot or a support_list."
             )
             raise ValueError(msg)
         if not len(test):

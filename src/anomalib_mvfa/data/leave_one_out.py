@@ -59,7 +59,7 @@ class LeaveOneOut(SplitDataModule):
     def _setup(self, _stage: str | None = None) -> None:
         train, val = [], []
         for source in self.training:
-            own, learnt = set_up_source(source, self.seed), source.test_data.samples
+            own, learnt = set_up_source(source, self.seed, self.partial_masks), source.test_data.samples
             if own is None:
                 group_by = getattr(source, "group_by", None)
                 learnt, validating = hold_out_validation(source, learnt, self.seed, group_by)
@@ -70,6 +70,6 @@ class LeaveOneOut(SplitDataModule):
             val.append(SampleDataset.of(source.test_data if own is None else own, validating, class_name))
         self.train_data, self.val_data = ConcatDataset(train), ConcatDataset(val)
         mode, self.target.val_split_mode = self.target.val_split_mode, ValSplitMode.NONE  # all of it is tested
-        set_up_source(self.target, self.seed)
+        set_up_source(self.target, self.seed, self.partial_masks)
         self.target.val_split_mode = mode  # another protocol may use the same source
         self.test_data = SampleDataset.of(self.target.test_data, self.target.test_data.samples, self.class_name)

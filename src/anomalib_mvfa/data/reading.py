@@ -1,7 +1,8 @@
 """Reads images and masks as the published code does, as 8-bit RGB and grey, and refuses what that would distort."""
 
 import logging
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -15,17 +16,24 @@ MASK_THRESHOLD = 127
 """Of 8-bit mask values, those above are abnormal."""
 
 
-def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
+def read_image(path: str | Path) -> Image.Image:
     """Read an image file as 8-bit RGB, upright if its EXIF data say how it was held.
 
+    Anomalib's inferencers take the result, and so score what the model would, or are not asked.
+
     Raises:
-        ValueError: The file is no readable image, has several pages, or more than 8 bits a channel.
+        ValueError: The file is no readable image, is too large, has several pages, or more than 8 bits a channel.
     """
+    return _read(path, lambda image: image.convert("RGB"))
+
+
+def _read(path: str | Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    _check_file(Path(path))
     try:
         with Image.open(path) as image:
             is_high = is_high_bit_depth(image)
             pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a camera's photo and its previews
-            converted = ImageOps.exif_transpose(image).convert(mode)
+            converted = convert(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         msg = f"{path} is too large an image ({error}). Scale it down or cut it into tiles."
         raise ValueError(msg) from error
@@ -42,33 +50,76 @@ def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
 
 
 def read_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
-    """Read a mask file as 8-bit grey; ValueError if it has not its image's size ``(W, H)``, or too low values."""
-    mask = read_image(path, "L")
+    """Read the mask of an abnormal image as 8-bit grey; what is transparent is black.
+
+    Raises:
+        ValueError: :func:`read_image` raises it, the mask has not its image's size ``(W, H)``, marks nothing, or marks
+            something by values that would not count.
+    """
+    mask = _read(path, _flatten)
     if mask.size != size:
         msg = f"Mask {path} is {mask.width}x{mask.height} pixels, its image {size[0]}x{size[1]}. They must agree."
         raise ValueError(msg)
-    check_mask_values(path, np.asarray(mask))
+    values = np.asarray(mask)
+    check_mask_values(path, values)
+    if not values.any():
+        msg = f"Mask {path} marks nothing, and its image is abnormal. Correct the mask, or move the image."
+        raise ValueError(msg)
     return mask
 
 
+def _flatten(image: Image.Image) -> Image.Image:
+    if "transparency" in image.info or image.mode in {
+        "LA",
+        "PA",
+        "RGBA",
+    }:  # the paint may be in the alpha channel alone
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+    return image.convert("L")
+
+
 def check_mask_values(path: str | Path, values: np.ndarray) -> None:
-    """Raise ValueError for a mask that marks something, but by too low 8-bit values."""
-    if 0 < (highest := values.max()) <= MASK_THRESHOLD:
-        count = f"values up to {highest}, and only those above {MASK_THRESHOLD} count"
-        msg = f"Mask {path} has {count}. Write masks with 0 and 255."
+    """Raise ValueError for a mask that marks something by 8-bit values too low to count."""
+    if (low := np.unique(values[(values > 0) & (values <= MASK_THRESHOLD)])).size:
+        msg = (
+            f"Mask {path} has grey values such as {low[-3:].tolist()}, of {low.size} up to {MASK_THRESHOLD} that would "
+            "not count. Write masks with 0 and 255, and not as JPEG, which blurs."
+        )
         raise ValueError(msg)
+
+
+def is_visible(path: Path, paths: Sequence[Path]) -> bool:
+    """Whether neither a file nor a folder of it below all the paths' common one is hidden."""
+    common = os.path.commonpath([path.parent for path in paths])
+    return not any(part.startswith(".") for part in path.relative_to(common).parts)
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Return the files in a folder that are not hidden, at any depth, also behind links."""
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [name for name in folders if not name.startswith(".") and real not in seen]
+        if real not in seen:  # links may lead around in a circle
+            yield from (Path(parent, name) for name in names if not name.startswith("."))
+        seen.add(real)
 
 
 def find_images(folder: Path, paths: Iterable[Path], is_image: Callable[[Path], bool]) -> list[Path]:
     """Return the images among the paths in a folder, sorted, which must be files; the log names what is left out."""
     found = sorted(paths)
     images = [path for path in found if is_image(path)]
-    if odd := [path for path in images if not path.is_file()]:
-        msg = f"{odd[0]} is no file: a folder, or a link to nothing. Restore it or take it out of the data set."
-        raise ValueError(msg)
+    for path in images:
+        _check_file(path)
     if left := [path.name for path in found if not path.is_dir() and not is_image(path)]:
         logger.warning("%s: %d files are no images by their names and left out: %s.", folder, len(left), left[:5])
     return images
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        msg = f"{path} is no file: a folder, or a link to nothing. Restore it or take it out of the data set."
+        raise ValueError(msg)
 
 
 def by_name(paths: Iterable[Path], name_of: Callable[[Path], str]) -> dict[str, Path]:

@@ -11,7 +11,7 @@ from anomalib.data import AnomalibDataset
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, DistributedSampler
 
-from .dataset import ConcatDataset
+from .dataset import ConcatDataset, SampleDataset
 
 EPOCHS_APART = 1_000_000
 
@@ -24,7 +24,7 @@ def _ranks() -> tuple[int, int]:
 
 
 class OneDatasetBatches(DistributedSampler):
-    """Yields lists of indices: every batch from one part of a concatenation, in all processes from the same part.
+    """Yields lists of indices: every batch of one kind of a concatenation, in all processes of the same kind.
 
     Args:
         dataset: The concatenation.
@@ -44,9 +44,8 @@ class OneDatasetBatches(DistributedSampler):
         """Yield this process's share of every batch."""
         rng = None if self.order_seed is None else np.random.default_rng([self.order_seed, self.epoch])
         batches, step = [], self.batch_size * self.num_replicas
-        ends = np.cumsum([len(part) for part in self.dataset.parts])
-        for part in np.split(np.arange(len(self.dataset)), ends[:-1]):
-            order = part if rng is None else rng.permutation(part)
+        for kind in self.dataset.kinds():
+            order = kind if rng is None else rng.permutation(kind)
             for first in range(0, len(order), step):
                 batch = order[first : first + step]
                 if rng is not None:  # every process must take part in every training step
@@ -63,6 +62,7 @@ class OneDatasetBatches(DistributedSampler):
 
 def train_loader(dataset: AnomalibDataset, batch_size: int, seed: int, num_workers: int) -> DataLoader:
     """Return a loader that is reshuffled every epoch, as a function of (seed, epoch)."""
+    dataset = _by_kind(dataset)
     if isinstance(dataset, ConcatDataset):
         return _loader(dataset, OneDatasetBatches(dataset, batch_size, seed), None, num_workers)
     # This sampler shuffles by seed + epoch; spread out, no two runs share an order.
@@ -72,9 +72,15 @@ def train_loader(dataset: AnomalibDataset, batch_size: int, seed: int, num_worke
 
 def eval_loader(dataset: AnomalibDataset, batch_size: int, num_workers: int) -> DataLoader:
     """Return a loader that shows every image once, over all processes."""
+    dataset = _by_kind(dataset)
     if isinstance(dataset, ConcatDataset):
         return _loader(dataset, OneDatasetBatches(dataset, batch_size, seed=None), None, num_workers)
     return _loader(dataset, UnrepeatedDistributedSampler(dataset, *_ranks(), shuffle=False), batch_size, num_workers)
+
+
+def _by_kind(dataset: AnomalibDataset) -> AnomalibDataset:
+    """Return a dataset whose batches are of one kind: a batch has masks for all of its images, or for none."""
+    return ConcatDataset([dataset]) if isinstance(dataset, SampleDataset) and len(dataset.kinds()) > 1 else dataset
 
 
 def _loader(dataset: AnomalibDataset, sampler: DistributedSampler, batch_size: int | None, workers: int) -> DataLoader:

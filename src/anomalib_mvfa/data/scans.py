@@ -12,23 +12,23 @@ import copy
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from anomalib.data import Folder, PredictDataset
+from anomalib.data import PredictDataset
 from anomalib.data.utils import LabelName, Split, ValSplitMode
 from filelock import FileLock
 from PIL import Image
 from rich.progress import track
 
 from ..io import explain_full_disk
-from .reading import MASK_THRESHOLD, by_name, check_mask_names, check_mask_values, find_images
+from .folder import NamedFolder
+from .reading import MASK_THRESHOLD, by_name, check_mask_names, check_mask_values, files_below, find_images
 from .scan_files import (
     PILLOW_SUFFIXES,
     Bound,
@@ -49,7 +49,7 @@ logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings 
 RECORD = "scans.json"
 
 
-class Scans(Folder):
+class Scans(NamedFolder):
     """Folders of scans (DICOM, NIfTI, PNG or TIFF of any depth), which an intensity window turns into 8-bit slices.
 
     Slices of an abnormal file are abnormal where its mask marks something, and normal elsewhere. Data are split by
@@ -189,23 +189,12 @@ def _list(folder: Path) -> str:
 
 def _find_scans(folder: Path) -> dict[str, Path]:
     """Return the scans in a folder, or the one that it is itself, by their paths in it without suffixes."""
-    found = [folder] if folder.is_file() else find_images(folder, _files_below(folder), is_scan)
+    found = [folder] if folder.is_file() else find_images(folder, files_below(folder), is_scan)
     base = folder.parent if folder.is_file() else folder
     if not found:
         msg = f"{folder} does not exist or holds no scan (DICOM, NIfTI, PNG, TIFF, JPEG). Give the folder of the scans."
         raise FileNotFoundError(msg)
     return by_name(found, lambda path: str(path.relative_to(base).with_name(stem_of(path))))
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    """Return the files in a folder that are not hidden, at any depth, also behind links."""
-    seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = [name for name in folders if not name.startswith(".") and real not in seen]
-        if real not in seen:  # links may lead around in a circle
-            yield from (Path(parent, name) for name in names if not name.startswith("."))
-        seen.add(real)
 
 
 def _with_pixels(paths: Mapping[str, Path]) -> dict[str, Path]:

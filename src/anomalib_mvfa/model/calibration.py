@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -100,7 +101,13 @@ def score_support(
     items: dict[str, ImageItem] = {}
 
     def views() -> Iterator[SupportBatch]:
-        for batch in DataLoader(support, SUPPORT_BATCH, collate_fn=support.collate_fn):
+        kinds = support.kinds() if hasattr(support, "kinds") else [np.arange(len(support))]
+        batches = [
+            kind[first : first + SUPPORT_BATCH].tolist()
+            for kind in kinds
+            for first in range(0, len(kind), SUPPORT_BATCH)
+        ]
+        for batch in DataLoader(support, batch_sampler=batches, collate_fn=support.collate_fn):
             for item in batch.items:
                 items.setdefault(item.image_path, item)
             image = preprocess(batch.image)

@@ -18,7 +18,8 @@ from torch import nn
 
 from ..arguments import plain
 from ..callbacks import default_callbacks
-from ..contract import dataset_of
+from ..contract import dataset_of, datasets_of
+from ..data.dataset import read_strictly
 from ..data.reading import refuse_high_bit_depth
 from ..io import save_atomically
 from ..metrics.evaluator import default_evaluator
@@ -60,6 +61,12 @@ class AnomalibMixin(ExportMixin):  # no AnomalibModule itself: anomalib would li
     def dataset(self, kind: str) -> Any:  # noqa: ANN401  # any dataset of anomalib items
         """Return the dataset "train", "val" or "test" of the datamodule or behind the trainer's loaders, or None."""
         return dataset_of(self.trainer, kind)
+
+    def setup(self, stage: str) -> None:
+        """Have the files of all datasets read as ours are."""
+        del stage
+        for dataset in datasets_of(self.trainer):
+            read_strictly(dataset)
 
     def on_test_batch_start(self, batch: ImageBatch, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
         """Refuse images of high bit depth, whose values anomalib's own data sets cut off."""

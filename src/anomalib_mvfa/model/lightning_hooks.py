@@ -202,6 +202,7 @@ class FusionMixin(CalibratedMixin):
 
     def setup(self, stage: str) -> None:
         """Choose what follows the data, and how long to train."""
+        super().setup(stage)
         self._facts = describe(self.datamodule, self.dataset("train"), self.dataset("test") or self.dataset("val"))
         if stage == "fit" or self.state.settings is None:
             self._begin()
