@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..arguments import check_bounds
+from ..callbacks import TERMINATED
 from ..io import explain_full_disk
 from .config import Comparison
-from .execute import TERMINATED, write_failure
+from .execute import write_failure
 from .job import Job, digest_of, finished_result, identify, jobs_of
 from .results import JobResult, job_folder, read_result, supersede
 
