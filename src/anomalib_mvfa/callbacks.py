@@ -31,8 +31,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 class FiniteNumbers(Callback):
     """Ends training and scoring with a ValueError where losses, weights or scores are NaN or infinite.
 
-    Metrics would make numbers of them: NaN scores are ties, or are ranked by the order of the files. Losses are added up
-    on the device and looked at once an epoch, so that steps of training do not wait for it.
+    Metrics would make numbers of them: NaN scores are ranked by the order of the files. Losses are added up on the
+    device and looked at once an epoch, so that steps of training do not wait for it.
     """
 
     _losses: Any = 0.0
@@ -60,10 +60,16 @@ class FiniteNumbers(Callback):
     on_train_epoch_end = on_test_start = on_predict_start = on_validation_start
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any  # noqa: ANN401
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ANN401
+        batch: Any,  # noqa: ANN401
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Look at the scores of a batch."""
-        del trainer, outputs, args
+        del trainer, outputs, batch_idx, dataloader_idx
         for name in ("pred_score", "anomaly_map"):
             if (values := getattr(batch, name, None)) is None:
                 continue

@@ -15,8 +15,8 @@ class LeaveOneOut(SplitDataModule):
 
     Every training batch comes from one source, with that source's class name and masks; validation shows the validation
     images of the training sources. Of a training source without validation images of its own, a part of the test images
-    (its ``val_split_ratio``, a half by default) is held out as such, drawn from the seed. Copies of tested images are not
-    learnt from.
+    (its ``val_split_ratio``, a half by default) is held out as such, drawn from the seed. Copies of tested images are
+    not learnt from.
 
     Args:
         sources: Anomalib datamodules, or mappings with their ``class_path`` and ``init_args``.

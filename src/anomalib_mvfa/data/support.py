@@ -166,9 +166,9 @@ def warn_of_lookalikes(learnt: Iterable[str], tested: Iterable[str]) -> None:
 
 def _thumbnails(paths: Iterable[str]) -> dict[str, np.ndarray]:
     """Return the thumbnails of the files that can be read; the others are for their reader to refuse."""
-    paths = list(paths)
     with ThreadPoolExecutor() as pool:
-        return {path: found for path, found in zip(paths, pool.map(_thumbnail, paths), strict=True) if found is not None}
+        found = {path: pool.submit(_thumbnail, path) for path in paths}
+    return {path: one for path, future in found.items() if (one := future.result()) is not None}
 
 
 @lru_cache(maxsize=2**16)

@@ -59,7 +59,7 @@ class OfBothKinds:
 # Named as anomalib's own metrics: the name is what a metric is reported under.
 
 
-class ImageAUROC(OfBothKinds, metrics.AUROC):
+class ImageAUROC(OfBothKinds, metrics.AUROC):  # type: ignore[misc]
     """AUROC of image scores and labels."""
 
     def __init__(self, **kwargs) -> None:  # noqa: ANN003
@@ -67,7 +67,7 @@ class ImageAUROC(OfBothKinds, metrics.AUROC):
         self.name = "image_AUROC"
 
 
-class F1Score(OfBothKinds, metrics.F1Score):
+class F1Score(OfBothKinds, metrics.F1Score):  # type: ignore[misc]
     """F1 of predicted labels or masks."""
 
 

@@ -134,5 +134,5 @@ class BinnedAUPRO(_Binned):
         self.lesions += lesion.max()
 
     def compute(self) -> torch.Tensor:
-        """Return the area up to a false positive rate of 0.3 over 0.3, NaN when no lesion or no other pixel was seen."""
+        """Return the area up to a false positive rate of 0.3 over 0.3, NaN when no lesion was seen."""
         return aupro(self.normal.double(), self.abnormal / self.lesions).float()

@@ -128,12 +128,12 @@ def set_ranges(model: MvfaModel, scores: Iterable[BranchScores]) -> None:
         low, high = extremes[..., 0].amin(dim=0), extremes[..., 1].amax(dim=0)
         ranges = torch.stack([low, high], dim=-1)
         if not ranges.isfinite().all():
-            msg = "The support's scores are not finite: training has diverged. Train anew, with a lower learning rate."
+            msg = "Scores that set the value ranges are not finite: training has diverged. Lower the learning rate."
             raise ValueError(msg)
         if flat := [name for name, span in zip(VALUES, (high - low).tolist(), strict=True) if span <= NOISE]:
             logger.warning(
-                "All support images have the same %s, but for rounding: they are not scaled by its range. Give support "
-                "images that differ, or calibration='none'.",
+                "All images that set the value ranges have the same %s, but for rounding: it is not scaled. Give "
+                "support images that differ, or calibration='none'.",
                 " and ".join(flat),
             )
         model.ranges.copy_(ranges.view(2, 2, 2))
