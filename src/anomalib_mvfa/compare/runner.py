@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..arguments import check_bounds
 from ..callbacks import TERMINATED
-from ..io import explain_full_disk
+from ..io import explain_failed_write
 from .config import Comparison
 from .execute import write_failure
 from .job import Job, digest_of, finished_result, identify, jobs_of
@@ -85,10 +85,11 @@ def compare(comparison: Comparison, output: Path, workers: int | None = None) ->
 @contextmanager
 def _alone_in(output: Path) -> Iterator[None]:
     """Keep other processes out of a folder, and clear away what a killed one was writing."""
-    output.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output / ".lock", timeout=0)
     try:
-        lock.acquire()
+        with explain_failed_write(output):
+            output.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
     except Timeout as error:
         msg = f"Another process is running a comparison in {output}. Wait for it, or give another output."
         raise RuntimeError(msg) from error
@@ -185,7 +186,7 @@ def _start(job: Job, run: Path, gpu: int | None, environment: dict[str, str]) ->
     log.parent.mkdir(exist_ok=True)
     command = _command(job, run, *(["--gpu", str(gpu)] if gpu is not None else []))
     streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
-    with explain_full_disk(log), log.open("wb") as file:
+    with explain_failed_write(log), log.open("wb") as file:
         return subprocess.Popen(command, stdout=file, env=environment, start_new_session=True, **streams)  # noqa: S603  # ours
 
 

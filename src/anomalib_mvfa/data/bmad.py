@@ -11,6 +11,7 @@ from anomalib.data.utils import LabelName, TestSplitMode, ValSplitMode
 from filelock import FileLock
 from pandas import DataFrame
 
+from ..io import explain_failed_write
 from .dataset import SampleDataset
 from .few_shot import FewShot
 from .leave_one_out import LeaveOneOut
@@ -139,11 +140,13 @@ class BMADOneClass(BMAD):
         """
         if self._is_there():
             return
-        self.root.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock := self.root.with_name(f".{self.root.name}.lock")):
-            if not self._is_there():  # another process may have downloaded it meanwhile
-                self._download()
-            lock.unlink(missing_ok=True)  # whoever still waits for it will find the data
+        lock = self.root.with_name(f".{self.root.name}.lock")
+        with explain_failed_write(self.root):
+            self.root.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock):
+                if not self._is_there():  # another process may have downloaded it meanwhile
+                    self._download()
+                lock.unlink(missing_ok=True)  # whoever still waits for it will find the data
 
     def _is_there(self) -> bool:
         """Whether the root holds the category; FileNotFoundError if it holds something else."""

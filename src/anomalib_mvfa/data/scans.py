@@ -26,7 +26,7 @@ from filelock import FileLock
 from PIL import Image
 from rich.progress import track
 
-from ..io import explain_full_disk
+from ..io import explain_failed_write
 from .reading import MASK_THRESHOLD, by_name, check_mask_names, check_mask_values, find_images
 from .scan_files import PILLOW_SUFFIXES, Bound, Scan, Window, check_window, is_scan, read_scan, stem_of, to_8_bit
 from .support import hold_out
@@ -157,7 +157,7 @@ def convert(sources: Mapping[str, Path], pictures: Path, window: Window | None) 
         for left in (partial, target):  # by a run that was killed, or with slices that have been removed
             shutil.rmtree(left, ignore_errors=True)
         try:
-            with explain_full_disk(target):
+            with explain_failed_write(target):
                 _write_slices(scans, partial, window)
                 (partial / RECORD).write_text(_list(partial), "utf-8")
             partial.replace(target)
