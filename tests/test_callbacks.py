@@ -1,13 +1,16 @@
-"""What every model adds to anomalib's callbacks: advice when memory runs out, and where checkpoints come from."""
+"""What every model adds to anomalib's callbacks: finite numbers, how a run ends, and where checkpoints come from."""
 
 import logging
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from anomalib.engine import Engine
 
 from anomalib_mvfa import BMADFewShot, Dra, Mkd, Mvfa
-from anomalib_mvfa.callbacks import ADVICE, is_out_of_memory
+from anomalib_mvfa.callbacks import ADVICE, TERMINATED, is_out_of_memory
 from anomalib_mvfa.io import commit, dataset_digest, versions
 
 
@@ -33,6 +36,53 @@ def engine(tmp_path):
 def data(phantom_root):
     """Return a small datamodule."""
     return BMADFewShot(phantom_root, k_shot=1, eval_batch_size=7, num_workers=0)
+
+
+@pytest.mark.parametrize("kind", [Mvfa, Mkd, Dra])
+def test_training_that_diverges_is_refused_and_leaves_no_checkpoint(monkeypatch, build, engine, data, tmp_path, kind):
+    model, step = build(kind), kind.training_step
+    monkeypatch.setattr(model, "training_step", lambda *args, **kwargs: step(model, *args, **kwargs) * float("inf"))
+    with pytest.raises(ValueError, match=f"The training loss of {kind.__name__} is not finite: training has diverged"):
+        engine().train(model, datamodule=data)
+    assert not [*tmp_path.rglob("*.ckpt")]
+
+
+@pytest.mark.parametrize("kind", [Mvfa, Mkd, Dra])
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_weights_that_are_not_finite_are_refused(build, engine, data, kind, command):
+    model = build(kind)
+    name, weight = next((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
+    weight.data[..., 0] = torch.nan
+    with pytest.raises(ValueError, match=f"{name} of {kind.__name__} is not finite: training has diverged"):
+        getattr(engine(), command)(model, datamodule=data)
+
+
+@pytest.mark.parametrize("field", ["pred_score", "anomaly_map"])
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_scores_that_are_not_finite_are_refused(monkeypatch, build, engine, data, command, field):
+    model = build(Mkd)
+    score = model.model.forward
+
+    def forward(image):
+        found = score(image)
+        getattr(found, field)[1] = torch.inf
+        return found
+
+    monkeypatch.setattr(model.model, "forward", forward)
+    with pytest.raises(ValueError, match=rf"The {field} that Mkd gives /.*/001\.png is not finite\. Look at the image"):
+        getattr(engine(), command)(model, datamodule=data)
+
+
+def test_a_run_that_is_told_to_end_does_not_look_finished(tiny_config, phantom_root, tmp_path):
+    code = (
+        "import os, signal; from anomalib.cli.cli import main; from anomalib_mvfa import Mvfa\n"
+        "Mvfa.on_train_batch_end = lambda self, *args: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "main()"
+    )
+    arguments = ["--model", "Mvfa", "--model.backbone", str(tiny_config), "--model.pretrained", "null"]
+    arguments += ["--data", "BMADFewShot", "--data.root", str(phantom_root), "--trainer.accelerator", "cpu"]
+    command = [sys.executable, "-c", code, "train", *arguments, "--default_root_dir", str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == TERMINATED == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,20 @@ def test_a_full_disk_keeps_the_old_file(path, fill):
     assert path.read_text() == "old"
 
 
+@pytest.mark.parametrize(
+    ("number", "name"), [(errno.EROFS, "out/file.txt"), (errno.EACCES, "out/.file.txt.partial"), (errno.EACCES, ".")]
+)
+def test_a_path_that_must_not_be_written_is_named(tmp_path, number, name):
+    path, error = tmp_path / "out" / "file.txt", OSError(number, os.strerror(number), str(tmp_path / name))
+    with pytest.raises(OSError, match=r"/out/file\.txt was not written \(.*\), .*write elsewhere\."):
+        write(path, error=error)
+    write(path, "new")
+    assert path.read_text() == "new"
+
+
 @pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied", "x"), RuntimeError("no")])
 def test_other_errors_are_unchanged(tmp_path, error):
-    with pytest.raises(type(error)) as raised, io.explain_full_disk(tmp_path):
+    with pytest.raises(type(error)) as raised, io.explain_failed_write(tmp_path):
         raise error
     assert raised.value is error
 

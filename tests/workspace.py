@@ -91,8 +91,8 @@ def write_workspace(folder: Path) -> None:
     slices = folder / "slices" / "Brain"
     _write_own(slices, folder / "datasets" / "own")
     write_scans(slices, folder / "datasets" / "scans")
-    for category in ("bottle", "screw"):
-        _write_mvtec(slices, folder / "datasets" / "MVTecAD" / category)
+    for first, category in ((0, "bottle"), (10, "screw")):
+        _write_mvtec(slices, first, folder / "datasets" / "MVTecAD" / category)
     _write_models(folder)
     shutil.copytree(CONFIGS, folder / "configs")
     for path in (folder / "configs" / "compare").glob("*.yaml"):
@@ -131,10 +131,10 @@ def _volume(planes: list[np.ndarray]) -> np.ndarray:
     return np.stack(planes, axis=-1).transpose(1, 0, 2)[::-1, ::-1]
 
 
-def _write_mvtec(slices: Path, root: Path) -> None:
+def _write_mvtec(slices: Path, first: int, root: Path) -> None:
     for part in ("train/good", "test/good", "test/broken", "ground_truth/broken"):
         (root / part).mkdir(parents=True)
-    for index in range(10):
+    for index in range(first, first + 10):
         name = f"{index:03d}.png"
         shutil.copy(slices / "valid/good/img" / name, root / "train/good")
         shutil.copy(slices / "test/good/img" / name, root / "test/good")

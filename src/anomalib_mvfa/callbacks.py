@@ -1,17 +1,21 @@
-"""Callbacks that every model adds to anomalib's: advice when memory runs out, and where checkpoints come from."""
+"""Callbacks that every model adds to anomalib's: finite numbers, how a run ends, and where checkpoints come from."""
 
 import logging
-from collections.abc import Sequence
+import signal
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from .contract import dataset_of
 from .io import commit, dataset_digest, versions
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code after SIGTERM, as shells have it."""
 ADVICE = (
     "Out of memory. These options help, those without effect on scores first: a smaller eval_batch_size or "
     "train_batch_size of the data; trainer.precision=bf16-mixed; a smaller k_shot or bank_images, or a coreset of the "
@@ -24,11 +28,70 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-class MemoryAdvice(Callback):
-    """Logs what to do when a run ends out of memory, beside the error itself."""
+class FiniteNumbers(Callback):
+    """Ends training and scoring with a ValueError where losses, weights or scores are NaN or infinite.
+
+    Metrics would make numbers of them: NaN scores are ranked by the order of the files. Losses are added up on the
+    device and looked at once an epoch, so that steps of training do not wait for it.
+    """
+
+    _losses: Any = 0.0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:  # noqa: ANN401
+        """Add the loss of a step."""
+        del trainer, pl_module, args
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, torch.Tensor):
+            self._losses = self._losses + loss.detach().sum()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at losses and trained weights, before anything is scored with them or saved."""
+        del trainer
+        losses, self._losses = self._losses, 0.0
+        trained = {name: weight for name, weight in pl_module.named_parameters() if weight.requires_grad}
+        for name, values in {"The training loss": torch.as_tensor(losses), **trained}.items():
+            if not values.isfinite().all():
+                msg = (
+                    f"{name} of {type(pl_module).__name__} is not finite: training has diverged. Train anew, with a "
+                    "lower learning rate."
+                )
+                raise ValueError(msg)
+
+    on_train_epoch_end = on_test_start = on_predict_start = on_validation_start
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ANN401
+        batch: Any,  # noqa: ANN401
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Look at the scores of a batch."""
+        del trainer, outputs, batch_idx, dataloader_idx
+        for name in ("pred_score", "anomaly_map"):
+            if (values := getattr(batch, name, None)) is None:
+                continue
+            finite = torch.as_tensor(values).isfinite().reshape(batch.batch_size, -1).all(dim=1)  # (B)
+            if not finite.all():
+                path = batch.image_path[int(finite.int().argmin())] if batch.image_path else "an image"
+                msg = (
+                    f"The {name} that {type(pl_module).__name__} gives {path} is not finite. Look at the image, or "
+                    "train anew, with a lower learning rate."
+                )
+                raise ValueError(msg)
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+
+class RunEnd(Callback):
+    """Gives advice when memory runs out, and runs that SIGTERM ends an exit code of their own."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Log the advice, with the batch sizes in use."""
+        """Log the advice, with the batch sizes in use; Lightning leaves with 0 after SIGTERM, as if it had finished."""
+        if isinstance(exception, SIGTERMException):
+            exception.code = TERMINATED
         if not is_out_of_memory(exception):
             return
         datamodule = getattr(trainer, "datamodule", None)
@@ -64,4 +127,5 @@ class Provenance(Callback):
 
 def default_callbacks(callbacks: Sequence[Callback] | Callback) -> list[Callback]:
     """Return a model's callbacks, and those of this module."""
-    return [*(callbacks if isinstance(callbacks, Sequence) else [callbacks]), MemoryAdvice(), Provenance()]
+    theirs = callbacks if isinstance(callbacks, Sequence) else [callbacks]
+    return [FiniteNumbers(), *theirs, RunEnd(), Provenance()]  # the first before metrics and thresholds take a number

@@ -16,32 +16,39 @@ if TYPE_CHECKING:
 
 PACKAGES = ("anomalib-mvfa", "anomalib", "torch", "torchvision", "lightning", "open_clip_torch", "timm")
 """Packages that results depend on."""
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+"""What the system says where a file cannot be written."""
 
 
 @contextmanager
-def explain_full_disk(path: Path) -> Iterator[None]:
-    """Name the file that could not be written when the disk is full or a quota used up."""
+def explain_failed_write(path: Path) -> Iterator[None]:
+    """Name the file that could not be written, where there is no room or no right to."""
     try:
         yield
     except Exception as error:
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides the reason behind its own
-        if not isinstance(cause, OSError) or cause.errno not in {errno.ENOSPC, errno.EDQUOT}:
+        if not isinstance(cause, OSError) or cause.errno not in UNWRITABLE:
             raise
-        msg = f"{path} was not written ({cause.strerror}), and what was there is kept. Make room, or write elsewhere."
+        refused = Path(cause.filename or path)  # which may also be a file that was to be read
+        if not (path.is_relative_to(refused) or refused.is_relative_to(path.parent)):
+            raise
+        remedy = "Make room, give the right to write, or write elsewhere."
+        msg = f"{path} was not written ({cause.strerror}), and what was there is kept. {remedy}"
         raise OSError(msg) from error
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path, which replaces ``path`` once it is written and is removed if writing fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with explain_full_disk(path):
+        with explain_failed_write(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
-        partial.replace(path)
+            partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be read-only
+            partial.unlink(missing_ok=True)
 
 
 def save_atomically(content: Any, path: Path) -> None:  # noqa: ANN401  # whatever torch saves

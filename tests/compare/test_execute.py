@@ -3,12 +3,15 @@
 import errno
 import json
 import os
+import shutil
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from anomalib.cli.cli import AnomalibCLI
+from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 from lightning import seed_everything
 from PIL import Image
 from sklearn.metrics import f1_score, roc_auc_score
@@ -144,6 +147,25 @@ def test_a_failure_is_a_result_and_leaves_its_traceback(finished, tmp_path, comp
     assert json.loads((folder / "result.json").read_text())["error"] == result.error
     assert read_results(tmp_path / "run") == [result]
     assert sorted(path.name for path in folder.iterdir()) == ["error.txt", "result.json"]
+
+
+def test_scores_that_are_not_finite_are_no_result(finished, monkeypatch):
+    score = PatchcoreModel.compute_anomaly_score
+    monkeypatch.setattr(PatchcoreModel, "compute_anomaly_score", lambda *args: score(*args) * torch.nan)
+    result, _ = finished("PatchCore")
+    assert "ValueError: The pred_score that Patchcore gives" in result.error
+    assert result.metrics == {}
+
+
+def test_no_epoch_is_chosen_by_metrics_that_are_not_defined(finished, two_categories, tmp_path):
+    chest = shutil.copytree(two_categories / "Chest", tmp_path / "data" / "Chest")
+    shutil.rmtree(chest / "test" / "good")
+    data = {"class_path": "BMADOneClass", "init_args": {"root": str(chest.parent), "num_workers": 0}}
+    changes = {"data": data, "categories": ["Chest"]}
+    result, _ = finished("MVFA", "Chest", **changes, select_epoch_on_test=True)
+    assert result.error.startswith("ValueError: select_epoch_on_test needs test images of both kinds")
+    result, _ = finished("MVFA", "Chest", **changes)
+    assert set(map(str, result.metrics.values())) == {"nan"}
 
 
 def test_what_was_cut_short_is_no_result(finished, tmp_path, monkeypatch):

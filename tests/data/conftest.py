@@ -84,10 +84,11 @@ def _write_mvtec(root: Path, slices: tuple[list[Path], list[Path], list[Path]]) 
 
 
 @pytest.fixture(scope="session")
-def mvtec_root(tmp_path_factory, phantom_root) -> Path:
+def mvtec_root(tmp_path_factory) -> Path:
     """Return a root of MVTec AD's form with the category metal_nut: 10 normal and 10 abnormal test images."""
     root = tmp_path_factory.mktemp("mvtec")
-    _write_mvtec(root / "metal_nut", _slices(phantom_root))
+    write_phantom(root / "slices", seed=1, size=64, train=4, valid=6, test=4)  # no images of the other data sets
+    _write_mvtec(root / "metal_nut", _slices(root / "slices"))
     return root
 
 

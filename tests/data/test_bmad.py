@@ -1,10 +1,13 @@
 """BMAD in both layouts, and its download."""
 
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from anomalib.data import BMAD, get_datamodule
+from anomalib.data.datamodules.image import bmad
 from PIL import Image
 
 from anomalib_mvfa.data.bmad import (
@@ -209,7 +212,7 @@ def test_a_failed_download_leaves_nothing(tmp_path, download, error):
     expected = pytest.raises(RuntimeError, match=message)
     with expected if isinstance(error, OSError) else pytest.raises(KeyboardInterrupt):
         data.prepare_data()
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".BMAD.lock"]
     failure.clear()
     (tmp_path / ".BMAD.partial/Brain/test").mkdir(parents=True)  # as a killed download leaves it
     with pytest.raises(FileNotFoundError, match="found there: none"):
@@ -217,6 +220,20 @@ def test_a_failed_download_leaves_nothing(tmp_path, download, error):
     data.prepare_data()
     assert len(calls) == 2
     data.setup()
+    assert [path.name for path in tmp_path.iterdir()] == ["BMAD"]
+
+
+def test_processes_download_one_after_the_other(tmp_path, download, monkeypatch):
+    write = bmad.download_and_extract
+
+    def slowly(root, info):
+        time.sleep(0.2)
+        write(root, info)
+
+    monkeypatch.setattr("anomalib.data.datamodules.image.bmad.download_and_extract", slowly)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda _: BMADOneClass(tmp_path / "BMAD").prepare_data(), range(3)))
+    assert download[0] == ["bmad"]
     assert [path.name for path in tmp_path.iterdir()] == ["BMAD"]
 
 

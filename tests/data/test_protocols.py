@@ -9,6 +9,7 @@ import torch
 import yaml
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import Folder, MVTecAD, Visa, get_datamodule
+from PIL import Image
 from torchvision.transforms.v2 import Compose, RandomHorizontalFlip, Resize
 
 from anomalib_mvfa.contract import FEW_SHOT, LEAVE_ONE_OUT, class_name_of, describe
@@ -348,6 +349,32 @@ def test_no_patient_is_trained_on_and_tested(patients):
     assert groups(full.train_data) == groups(full.source.train_data) - {"2", "3"}
 
 
+def test_copies_of_tested_images_are_not_trained_on(phantom_root, tmp_path, caplog):
+    brain = shutil.copytree(phantom_root / "Brain", tmp_path / "Brain")
+    shutil.copyfile(brain / "test/good/img/001.png", brain / "train/good/img/copy.png")
+    full = full_normal(BMADOneClass(tmp_path, "Brain"))
+    assert not [path for path in paths(full.train_data) if "copy" in path]
+    assert len(full.train_data) == 4
+    shutil.copytree(phantom_root / "Brain", tmp_path / "Liver")
+    for path in (tmp_path / "Brain/test").rglob("00[1-3].png"):
+        with Image.open(path) as image:
+            image.rotate(90).save(path)
+    loo = ready(BMADLeaveOneOut(tmp_path, "Brain", train_categories=["Liver"]))
+    assert len(loo.train_data) == 6
+    assert [message for message in caplog.messages if "2 images are tested too, and are not learnt from" in message]
+
+
+def test_a_support_image_that_is_tested_in_another_encoding_is_named(phantom_root, tmp_path, caplog):
+    brain = shutil.copytree(phantom_root / "Brain", tmp_path / "Brain")
+    for path in sorted((brain / "valid/good/img").iterdir()):
+        with Image.open(path) as image:
+            image.save(brain / "test/good/img" / f"{path.stem}.jpg")
+    (support,) = [path for path in paths(ready(BMADFewShot(tmp_path, k_shot=1)).support) if "/good/" in path]
+    (message,) = [message for message in caplog.messages if "look as if they were both" in message]
+    twin = brain / "test/good/img" / Path(support).with_suffix(".jpg").name
+    assert message == f"1 images look as if they were both learnt from and tested: {support} and {twin}."
+
+
 def test_abnormal_images_of_a_list_are_not_tested_even_if_not_learnt_from(own_folder, tmp_path):
     pool = few_shot(own_folder, k_shot=1).source.test_data.samples
     normal, abnormal = (Path(pool.image_path[pool.label_index == label].iloc[0]).name for label in (0, 1))
@@ -439,6 +466,18 @@ def test_leave_one_out_over_any_sources(own_folder, mvtec_root, visa_root, conte
     assert {class_name_of(batch) for batch in data.train_dataloader()} == {"own", "candle"}
     again = LeaveOneOut([MVTecAD(mvtec_root, "metal_nut"), Folder(**own_folder["init_args"])])
     assert (again.category, again.class_name) == ("metal_nut", "metal nut")
+
+
+@pytest.mark.parametrize("named", ["by the protocol", "by the source"])
+def test_leave_one_out_learns_from_no_patient_that_it_validates_on(own_folder, mvtec_root, patients, named):
+    own = Folder(**own_folder["init_args"])
+    sources, group_by = [MVTecAD(mvtec_root, "metal_nut"), own, BMADOneClass(patients, "Brain")], PATIENT
+    if named == "by the source":
+        own.group_by, group_by, sources = PATIENT, None, sources[:2]
+    data = ready(LeaveOneOut(sources, "metal_nut", group_by=group_by))
+    for learnt, validating in zip(data.train_data.parts, data.val_data.parts, strict=True):
+        assert len(validating)
+        assert not groups(learnt) & groups(validating)
 
 
 @pytest.mark.parametrize("held_out", ["bottle", "", None])

@@ -1,14 +1,25 @@
 """The support is a function of seed and names, and lists are read in the published form."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from anomalib.data.utils import LabelName
+from PIL import Image
 
 from anomalib_mvfa.data.bmad import BMADFewShot
-from anomalib_mvfa.data.support import draw, duplicates, group_of, hold_out, pick, read_support_list
+from anomalib_mvfa.data.support import (
+    draw,
+    duplicates,
+    group_of,
+    hold_out,
+    pick,
+    read_support_list,
+    warn_of_lookalikes,
+    without_copies,
+)
 
 
 def table(*paths, label=0):
@@ -70,11 +81,16 @@ def test_lists_are_read_in_the_published_form(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "line", "word"),
-    [(b"a-0: a.png", "n-0", "normal"), (b"n-0: a.png", "a-0", "abnormal"), (b"\x89PNG\r\n\x1a\n\xff", "n-0", "normal")],
+    [
+        (b"a-0: a.png", "no line 'n-0", "normal"),
+        (b"n-0: a.png", "no line 'a-0", "abnormal"),
+        (b"\x89PNG\r\n\x1a\n\xff", "no line 'n-0", "normal"),
+        (b"n-0: a.png\na-0: b.png\nn-0: c.png", "2 lines 'n-0", "normal"),
+    ],
 )
 def test_a_file_that_is_no_list_is_refused(tmp_path, content, line, word):
     (tmp_path / "list.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"list\.txt has no line '{line}: <file names>' of {word} support images"):
+    with pytest.raises(ValueError, match=rf"list\.txt has {line}: <file names>' of {word} support images\. Give one"):
         read_support_list(tmp_path / "list.txt", "Brain", 1)
 
 
@@ -137,3 +153,37 @@ def test_files_of_the_same_bytes_are_found_under_any_name(tmp_path):
     found = duplicates([files["a"], files["b"]], others)
     assert found == [(files["a"], files["c"]), (files["b"], files["e"]), (files["a"], str(tmp_path / "link"))]
     assert duplicates([files["d"]], [files["a"]]) == []
+
+
+@pytest.fixture
+def scans(phantom_root, tmp_path):
+    """Paths of four slices; of these as JPEG of low quality, and as PNG with other bytes; and of a file of no image."""
+    slices = sorted((phantom_root / "Brain" / "valid" / "good" / "img").iterdir())[:4]
+    with Image.open(slices[0]) as one, Image.open(slices[1]) as other:
+        one.save(tmp_path / "one.jpg", quality=40)
+        other.save(tmp_path / "other.png", compress_level=0)
+    (tmp_path / "text.png").write_text("no image")
+    return [str(path) for path in slices], [str(tmp_path / name) for name in ("one.jpg", "other.png", "text.png")]
+
+
+def test_the_same_picture_in_another_file_is_named_once(scans, caplog):
+    slices, encoded = scans
+    with caplog.at_level(logging.WARNING):
+        warn_of_lookalikes(slices, encoded)
+        warn_of_lookalikes(slices[:2], slices[2:])
+        warn_of_lookalikes([], encoded)
+    pairs = "; ".join(f"{one} and {other}" for one, other in zip(slices[:2], encoded[:2], strict=True))
+    assert caplog.messages == [f"2 images look as if they were both learnt from and tested: {pairs}."]
+
+
+def test_copies_of_tested_files_are_not_learnt_from(scans, caplog):
+    slices, encoded = scans
+    with caplog.at_level(logging.WARNING):
+        left = without_copies(table(*slices), pd.Series([slices[0], *encoded[1:]]))
+    assert left.image_path.tolist() == slices[1:]
+    assert [message.split(":")[0] for message in caplog.messages] == [
+        "1 images are tested too, and are not learnt from",
+        "1 images look as if they were both learnt from and tested",
+    ]
+    with pytest.raises(ValueError, match="None of the 4 images is left to learn from: all are tested too"):
+        without_copies(table(*slices), pd.Series(slices))

@@ -115,6 +115,26 @@ def test_ranges_are_the_extremes(model, views):
     assert (model.ranges[..., 1] > model.ranges[..., 0]).all()
 
 
+def test_a_range_of_rounding_saturates_no_score(model, views, caplog):
+    """Support images that are all alike, as all-black ones are."""
+    (batch, *_) = views(1, abnormal=False)
+    alike = SupportBatch(batch.image.repeat(3, 1, 1, 1), torch.zeros(3), ["a", "b", "c"])
+    with caplog.at_level(logging.WARNING, logger="anomalib.mvfa"):
+        set_ranges(model, fill_bank(model, [alike]))
+    assert "have the same few-shot map and zero-shot image score and few-shot image score, but for" in caplog.text
+    found = model(IMAGES)
+    assert found.pred_score.max() < 0.9
+    assert found.anomaly_map.amax() < 0.95
+
+
+def test_scores_that_are_not_finite_set_no_range(model, views):
+    scores = fill_bank(model, views())
+    scores[2].distance[0, 3] = torch.nan
+    with pytest.raises(ValueError, match="Scores that set the value ranges are not finite: training has diverged"):
+        set_ranges(model, scores)
+    assert model.ranges.isnan().all()
+
+
 @pytest.mark.parametrize("image_score", ["map_max", "det_mean", "det_max"])
 def test_calibrated_fusion(build, views, image_score):
     """Map and image score are fused by their own ranges; map_max needs no det branch."""

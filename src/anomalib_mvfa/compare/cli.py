@@ -11,9 +11,9 @@ import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from ..callbacks import TERMINATED
 from ..plugin import COMMANDS
 from .config import Comparison, Method
-from .execute import TERMINATED
 from .job import Job, digest_of, finished_result, identify, jobs_of
 from .report import report
 from .runner import compare, duration

@@ -5,6 +5,7 @@ be it a failure; a process that is told to end (SIGTERM) leaves none.
 """
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from anomalib.callbacks import ModelCheckpoint
 from anomalib.engine import Engine
 from lightning import seed_everything
 
-from ..callbacks import ADVICE, is_out_of_memory
+from ..callbacks import ADVICE, TERMINATED, FiniteNumbers, is_out_of_memory
 from ..io import commit, dataset_digest, device_name, versions
 from ..metrics.evaluator import default_evaluator
 from ..model.export import OrderKeepingPostProcessor
@@ -33,8 +34,6 @@ from .results import JobResult, writing
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
-TERMINATED = 128 + signal.SIGTERM
-"""Exit code after SIGTERM, as shells have it."""
 PARTS = {"train": "train_data", "validate": "val_data", "test": "test_data"}
 
 
@@ -95,7 +94,7 @@ def _train_and_test(job: Job, folder: Path, gpu: int | None) -> JobResult:
     with TemporaryDirectory() as scratch:
         every_epoch = ModelCheckpoint(scratch, filename="{epoch}", save_top_k=-1)
         engine = Engine(
-            callbacks=[watch, scores, pictures, features, *([every_epoch] if select else [])],
+            callbacks=[FiniteNumbers(), watch, scores, pictures, features, *([every_epoch] if select else [])],
             logger=False,
             default_root_dir=scratch,
             accelerator=job.comparison.accelerator,
@@ -118,7 +117,11 @@ def _train_and_test(job: Job, folder: Path, gpu: int | None) -> JobResult:
     return job.result(
         digest=digest_of(depends_on),
         depends_on=depends_on,
-        metrics={name: float(value) for name, value in tested.items() if name.startswith(("image_", "pixel_"))},
+        metrics={
+            name: float(value)
+            for name, value in tested.items()
+            if name.startswith("image_") or (name.startswith("pixel_") and "pixels" in scores.kept)
+        },
         images={name: len(getattr(datamodule, part, None) or ()) for name, part in PARTS.items()},
         test_set=dataset_digest(datamodule.test_data),
         epochs=epochs,
@@ -150,7 +153,11 @@ def _best_epoch(engine: Engine, model: Any, datamodule: Any, folder: Path) -> tu
 
     def quality(path: Path) -> float:
         tested = test(path)
-        return sum(tested.get(name, 0.0) for name in ("image_AUROC", "pixel_AUROC"))
+        defined = [tested[name] for name in ("image_AUROC", "pixel_AUROC") if not math.isnan(tested[name])]
+        if not defined:
+            msg = "select_epoch_on_test needs test images of both kinds, normal and abnormal. Add some, or turn it off."
+            raise ValueError(msg)
+        return sum(defined)
 
     paths = {int(path.stem.split("=")[1]) + 1: path for path in folder.glob("epoch=*.ckpt")}
     best = max(sorted(paths), key=lambda epoch: quality(paths[epoch]))

@@ -94,7 +94,8 @@ class Job:
             return FullNormal(source, **split, **arguments)
         if self.method.protocol == "leave_one_out":
             others = [other for category, other in sources.items() if category != self.category]
-            return LeaveOneOut([FewShot(source, **split, seed=self.seed), *others], **arguments)
+            target = FewShot(source, **split, seed=self.seed)
+            return LeaveOneOut([target, *others], group_by=self.comparison.group_by, **arguments)
         if self.method.protocol == "few_shot":
             return FewShot(source, **split, **arguments)
         return FewShot(source, abnormal_shots=0, **split, **{"train_batch_size": self.split_shots, **arguments})

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..io import explain_full_disk
+from ..io import explain_failed_write
 
 
 @dataclass
@@ -143,7 +143,7 @@ def writing(run: Path, job: str) -> Iterator[Path]:
     partial, target = job_folder(run, f".{job}.partial"), job_folder(run, job)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with explain_full_disk(target):
+        with explain_failed_write(target):
             partial.mkdir(parents=True)
             yield partial
         if target.exists():

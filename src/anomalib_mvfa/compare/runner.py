@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..arguments import check_bounds
-from ..io import explain_full_disk
+from ..callbacks import TERMINATED
+from ..io import explain_failed_write
 from .config import Comparison
-from .execute import TERMINATED, write_failure
+from .execute import write_failure
 from .job import Job, digest_of, finished_result, identify, jobs_of
 from .results import JobResult, job_folder, read_result, supersede
 
@@ -84,10 +85,11 @@ def compare(comparison: Comparison, output: Path, workers: int | None = None) ->
 @contextmanager
 def _alone_in(output: Path) -> Iterator[None]:
     """Keep other processes out of a folder, and clear away what a killed one was writing."""
-    output.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output / ".lock", timeout=0)
     try:
-        lock.acquire()
+        with explain_failed_write(output):
+            output.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
     except Timeout as error:
         msg = f"Another process is running a comparison in {output}. Wait for it, or give another output."
         raise RuntimeError(msg) from error
@@ -184,7 +186,7 @@ def _start(job: Job, run: Path, gpu: int | None, environment: dict[str, str]) ->
     log.parent.mkdir(exist_ok=True)
     command = _command(job, run, "--parent", str(os.getpid()), *(["--gpu", str(gpu)] if gpu is not None else []))
     streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
-    with explain_full_disk(log), log.open("wb") as file:
+    with explain_failed_write(log), log.open("wb") as file:
         return subprocess.Popen(command, stdout=file, env=environment, start_new_session=True, **streams)  # noqa: S603  # ours
 
 

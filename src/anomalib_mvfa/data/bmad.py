@@ -8,8 +8,10 @@ from typing import NamedTuple
 import pandas as pd
 from anomalib.data import BMAD
 from anomalib.data.utils import LabelName, TestSplitMode, ValSplitMode
+from filelock import FileLock
 from pandas import DataFrame
 
+from ..io import explain_failed_write
 from .dataset import SampleDataset
 from .few_shot import FewShot
 from .leave_one_out import LeaveOneOut
@@ -136,10 +138,25 @@ class BMADOneClass(BMAD):
             FileNotFoundError: The root holds something else.
             RuntimeError: The download failed.
         """
-        root = self.root
-        if root.is_dir() and any(root.iterdir()):
-            category_folder(root, self.category)
+        if self._is_there():
             return
+        lock = self.root.with_name(f".{self.root.name}.lock")
+        with explain_failed_write(self.root):
+            self.root.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock):
+                if not self._is_there():  # another process may have downloaded it meanwhile
+                    self._download()
+                lock.unlink(missing_ok=True)  # whoever still waits for it will find the data
+
+    def _is_there(self) -> bool:
+        """Whether the root holds the category; FileNotFoundError if it holds something else."""
+        if not self.root.is_dir() or not any(self.root.iterdir()):
+            return False
+        category_folder(self.root, self.category)
+        return True
+
+    def _download(self) -> None:
+        root = self.root
         # Downloaded beside it and then renamed, so that an interrupted run leaves no part of a data set.
         self.root = root.with_name(f".{root.name}.partial")
         try:

@@ -11,7 +11,17 @@ from ..arguments import check_bounds
 from ..contract import FEW_SHOT
 from .base import Source, SplitDataModule, hold_out_validation, resolve_source, set_up_source
 from .dataset import SampleDataset, SupportViewDataset, lacks_mask
-from .support import LABELS, check_pattern, draw, duplicates, groups_of, pick, read_support_list
+from .support import (
+    LABELS,
+    check_pattern,
+    draw,
+    duplicates,
+    groups_of,
+    pick,
+    read_support_list,
+    warn_of_lookalikes,
+    without_groups,
+)
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -134,7 +144,7 @@ class FewShot(SplitDataModule):
 
     def _without(self, samples: DataFrame, others: DataFrame) -> DataFrame:
         """Return the samples that share no group with others."""
-        return samples[~groups_of(samples, self.group_by).isin(groups_of(others, self.group_by))]
+        return without_groups(samples, others, self.group_by)
 
     def _check(self, support: DataFrame, val: DataFrame, test: DataFrame) -> None:
         """Raise ValueError where support images are evaluated too, or nothing is left to test."""
@@ -152,6 +162,7 @@ class FewShot(SplitDataModule):
                 f"{support.image_path[lacking].tolist()[:5]}. Choose another seed, a larger k_shot or a support_list."
             )
             raise ValueError(msg)
+        warn_of_lookalikes(support.image_path, test.image_path)
         if not len(test):
             msg = (
                 f"{self.category or self.name} has no test image left beside {len(support)} support and {len(val)} "

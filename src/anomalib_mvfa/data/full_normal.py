@@ -7,6 +7,7 @@ from anomalib.data.utils import LabelName
 from .base import Source
 from .dataset import SampleDataset
 from .few_shot import FewShot
+from .support import without_copies
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -15,7 +16,7 @@ class FullNormal(FewShot):
     """All normal training images of a data set, for methods that learn from them alone (paper, Table 1).
 
     It validates and tests on the very images that :class:`~anomalib_mvfa.data.few_shot.FewShot` with the same arguments
-    does, so that the two can be compared; the support that would draw is left out.
+    does, so that the two can be compared; the support that would draw is left out, and so are copies of tested images.
 
     Args:
         source: The source, as for FewShot.
@@ -43,5 +44,6 @@ class FullNormal(FewShot):
                 f"(group_by={self.group_by!r}). Give a source with training images, or use FewShot."
             )
             raise ValueError(msg)
+        samples = without_copies(samples, self.test_data.samples.image_path)
         self.train_data = SampleDataset.of(train, samples, self.class_name)
         logger.info("Training images of %s: %d normal ones, in place of the support.", self.category, len(samples))

@@ -7,6 +7,7 @@ from anomalib.data.utils import ValSplitMode
 from ..contract import LEAVE_ONE_OUT, class_name_of_data
 from .base import Source, SplitDataModule, hold_out_validation, resolve_source, set_up_source
 from .dataset import ConcatDataset, SampleDataset
+from .support import check_pattern, without_copies, without_groups
 
 
 class LeaveOneOut(SplitDataModule):
@@ -14,12 +15,16 @@ class LeaveOneOut(SplitDataModule):
 
     Every training batch comes from one source, with that source's class name and masks; validation shows the validation
     images of the training sources. Of a training source without validation images of its own, a part of the test images
-    (its ``val_split_ratio``, a half by default) is held out as such, drawn from the seed.
+    (its ``val_split_ratio``, a half by default) is held out as such, drawn from the seed. Copies of tested images are
+    not learnt from.
 
     Args:
         sources: Anomalib datamodules, or mappings with their ``class_path`` and ``init_args``.
         held_out: Category of the source that is tested, or its name if it has no category; the first one's by default.
         train_batch_size: Images in a training batch.
+        group_by: Regular expression on the training sources' image paths, as for
+            :class:`~anomalib_mvfa.data.few_shot.FewShot`: no group is both learnt from and validated on. By default,
+            each source's own ``group_by`` if it has one.
         kwargs: Further arguments of :class:`~anomalib_mvfa.data.base.SplitDataModule`.
 
     Attributes:
@@ -40,8 +45,11 @@ class LeaveOneOut(SplitDataModule):
         sources: Sequence[Source],
         held_out: str | None = None,
         train_batch_size: int = 16,
+        group_by: str | None = None,
         **kwargs,  # noqa: ANN003  # the protocols' common arguments
     ) -> None:
+        check_pattern("group_by", group_by)
+        self.group_by = group_by
         resolved = [resolve_source(source) for source in sources]
         categories = [source.category or source.name for source in resolved]
         held_out = held_out or next(iter(categories), "")
@@ -57,19 +65,20 @@ class LeaveOneOut(SplitDataModule):
         self.sources, self.category = [self.target, *self.training], held_out
 
     def _setup(self, _stage: str | None = None) -> None:
-        train, val = [], []
-        for source in self.training:
-            own, learnt = set_up_source(source, self.seed, self.partial_masks), source.test_data.samples
-            if own is None:
-                group_by = getattr(source, "group_by", None)
-                learnt, validating = hold_out_validation(source, learnt, self.seed, group_by)
-            else:
-                validating = own.samples
-            class_name = class_name_of_data(source) or source.name
-            train.append(SampleDataset.of(source.test_data, learnt, class_name))
-            val.append(SampleDataset.of(source.test_data if own is None else own, validating, class_name))
-        self.train_data, self.val_data = ConcatDataset(train), ConcatDataset(val)
         mode, self.target.val_split_mode = self.target.val_split_mode, ValSplitMode.NONE  # all of it is tested
         set_up_source(self.target, self.seed, self.partial_masks)
         self.target.val_split_mode = mode  # another protocol may use the same source
         self.test_data = SampleDataset.of(self.target.test_data, self.target.test_data.samples, self.class_name)
+        train, val = [], []
+        for source in self.training:
+            own, learnt = set_up_source(source, self.seed, self.partial_masks), source.test_data.samples
+            group_by = self.group_by or getattr(source, "group_by", None)
+            if own is None:
+                learnt, validating = hold_out_validation(source, learnt, self.seed, group_by)
+            else:
+                validating = without_groups(own.samples, learnt, group_by)
+            learnt = without_copies(learnt, self.test_data.samples.image_path)
+            class_name = class_name_of_data(source) or source.name
+            train.append(SampleDataset.of(source.test_data, learnt, class_name))
+            val.append(SampleDataset.of(source.test_data if own is None else own, validating, class_name))
+        self.train_data, self.val_data = ConcatDataset(train), ConcatDataset(val)

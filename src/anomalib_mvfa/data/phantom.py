@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..io import explain_full_disk
+from ..io import explain_failed_write
 from .bmad import LABEL_FOLDERS, BMADOneClass
 
 
@@ -51,7 +51,7 @@ def write_phantom(root: Path, seed: int = 0, size: int = 128, train: int = 16, v
     if target.exists():
         return
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".Brain-", dir=root) as scratch, explain_full_disk(target):
+    with tempfile.TemporaryDirectory(prefix=".Brain-", dir=root) as scratch, explain_failed_write(target):
         for split, (part, count) in enumerate({"train": train, "valid": valid, "test": test}.items()):
             for label, name in enumerate(LABEL_FOLDERS if part != "train" else ["good"]):
                 folders = [Path(scratch, "Brain", part, name, kind) for kind in ("img", "label")[: 1 + label]]

@@ -26,7 +26,7 @@ from filelock import FileLock
 from PIL import Image
 from rich.progress import track
 
-from ..io import explain_full_disk
+from ..io import explain_failed_write
 from .folder import NamedFolder
 from .reading import MASK_THRESHOLD, by_name, check_mask_names, check_mask_values, files_below, find_images
 from .scan_files import (
@@ -173,7 +173,7 @@ def convert(sources: Mapping[str, Path], pictures: Path, window: Window | None) 
             shutil.rmtree(left, ignore_errors=True)
         scans = {kind: _with_pixels(paths) for kind, paths in scans.items()}
         try:
-            with explain_full_disk(target):
+            with explain_failed_write(target):
                 _write_slices(scans, partial, window)
                 (partial / RECORD).write_text(_list(partial), "utf-8")
             partial.replace(target)

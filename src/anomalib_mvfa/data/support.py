@@ -3,6 +3,9 @@
 import logging
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,23 @@ import numpy as np
 from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import LabelName
 from pandas import DataFrame, Series
+from PIL import Image
+from scipy.spatial import KDTree
 from torch.utils.data import Dataset
 
 from ..io import file_digest
 from .dataset import SampleDataset, SupportViewDataset
+from .reading import read_image
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 LABELS = {LabelName.NORMAL: ("normal", "n"), LabelName.ABNORMAL: ("abnormal", "a")}
 """How errors and published lists name the labels."""
+THUMBNAIL = 16
+"""Height and width in pixels at which pictures are compared."""
+SAME = 6
+"""Grey levels of 255 by which thumbnails of one picture may differ: JPEG of quality 40 changes them by up to 5, and
+different slices of BMAD's Brain by 13 or more."""
 
 
 def draw(samples: DataFrame, count: int, seed: int) -> DataFrame:
@@ -40,13 +51,17 @@ def read_support_list(path: str | Path, category: str, k_shot: int) -> dict[Labe
         there = sorted(str(found.relative_to(path)) for found in path.glob("*/*-shot.txt"))
         msg = f"support_list={str(path)!r}: {file} does not exist. Lists found there: {there or 'none'}."
         raise FileNotFoundError(msg)
-    lines = dict(line.split(":", 1) for line in file.read_text("utf-8", "replace").splitlines() if ":" in line)
+    lines = [line.split(":", 1) for line in file.read_text("utf-8", "replace").splitlines() if ":" in line]
     names = {}
     for label, (word, letter) in LABELS.items():
-        if f"{letter}-0" not in lines:
-            msg = f"{file} has no line '{letter}-0: <file names>' of {word} support images."
+        found = [listed for key, listed in lines if key == f"{letter}-0"]
+        if len(found) != 1:
+            msg = (
+                f"{file} has {len(found) or 'no'} line{'s' * (len(found) > 1)} '{letter}-0: <file names>' of {word} "
+                "support images. Give one."
+            )
             raise ValueError(msg)
-        names[label] = lines[f"{letter}-0"].split()
+        names[label] = found[0].split()
     return names
 
 
@@ -113,6 +128,56 @@ def group_of(path: str, group_by: str | None) -> str:
 def groups_of(samples: DataFrame, group_by: str | None) -> Series:
     """Return the group of every sample."""
     return samples.image_path.map(lambda path: group_of(path, group_by))
+
+
+def without_groups(samples: DataFrame, others: DataFrame, group_by: str | None) -> DataFrame:
+    """Return the samples that share no group with others."""
+    return samples[~groups_of(samples, group_by).isin(groups_of(others, group_by))]
+
+
+def without_copies(samples: DataFrame, tested: Series) -> DataFrame:
+    """Return the samples to learn from that are no byte copies of tested files; the log names what is left out.
+
+    ValueError if nothing is left.
+    """
+    found = duplicates(tested, samples.image_path)
+    left = samples[~samples.image_path.isin([copy for _, copy in found])]
+    if found:
+        shown = "; ".join(f"{copy} = {one}" for one, copy in found[:3])
+        logger.warning("%d images are tested too, and are not learnt from: %s.", len(found), shown)
+    if not len(left):
+        msg = f"None of the {len(samples)} images is left to learn from: all are tested too. Give other images."
+        raise ValueError(msg)
+    warn_of_lookalikes(left.image_path, tested)
+    return left
+
+
+def warn_of_lookalikes(learnt: Iterable[str], tested: Iterable[str]) -> None:
+    """Log which files to learn from show the same picture as a tested one, whatever the encoding."""
+    known, others = _thumbnails(learnt), _thumbnails(tested)
+    if not known or not others:
+        return
+    distance, which = KDTree([*known.values()]).query([*others.values()], p=np.inf, distance_upper_bound=SAME + 1)
+    pairs = [([*known][row], path) for path, row, far in zip(others, which, distance, strict=True) if far <= SAME]
+    if pairs:
+        shown = "; ".join(f"{one} and {other}" for one, other in pairs[:3])
+        logger.warning("%d images look as if they were both learnt from and tested: %s.", len(pairs), shown)
+
+
+def _thumbnails(paths: Iterable[str]) -> dict[str, np.ndarray]:
+    """Return the thumbnails of the files that can be read; the others are for their reader to refuse."""
+    with ThreadPoolExecutor() as pool:
+        found = {path: pool.submit(_thumbnail, path) for path in paths}
+    return {path: one for path, future in found.items() if (one := future.result()) is not None}
+
+
+@lru_cache(maxsize=2**16)
+def _thumbnail(path: str) -> np.ndarray | None:
+    """Return an image in grey ``(THUMBNAIL * THUMBNAIL)``, None if it cannot be read."""
+    with suppress(ValueError):
+        image = read_image(path, "L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+        return np.asarray(image, np.float32).flatten()
+    return None
 
 
 def duplicates(support: Iterable[str], others: Iterable[str]) -> list[tuple[str, str]]:

@@ -97,16 +97,16 @@ class BinnedAUROC(_Binned):
     """Area under the ROC curve of pixels."""
 
     def compute(self) -> torch.Tensor:
-        """Return the area, 0 unless both normal and abnormal pixels were seen (as anomalib's AUROC does)."""
-        return _or_zero(auroc(self.normal.double(), self.abnormal))
+        """Return the area, NaN unless both normal and abnormal pixels were seen."""
+        return auroc(self.normal.double(), self.abnormal).float()
 
 
 class BinnedAUPR(_Binned):
     """Area under the precision-recall curve of pixels."""
 
     def compute(self) -> torch.Tensor:
-        """Return the area, 0 when no abnormal pixel was seen."""
-        return _or_zero(aupr(self.normal.double(), self.abnormal))
+        """Return the area, NaN when no abnormal pixel was seen."""
+        return aupr(self.normal.double(), self.abnormal).float()
 
 
 class BinnedAUPRO(_Binned):
@@ -134,9 +134,5 @@ class BinnedAUPRO(_Binned):
         self.lesions += lesion.max()
 
     def compute(self) -> torch.Tensor:
-        """Return the area up to a false positive rate of 0.3 over 0.3, 0 when no lesion was seen."""
-        return _or_zero(aupro(self.normal.double(), self.abnormal / self.lesions))
-
-
-def _or_zero(area: torch.Tensor) -> torch.Tensor:
-    return area.nan_to_num(nan=0.0).float()
+        """Return the area up to a false positive rate of 0.3 over 0.3, NaN when no lesion was seen."""
+        return aupro(self.normal.double(), self.abnormal / self.lesions).float()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from .fusion import value_range
+from .fusion import NOISE, value_range
 from .torch_model import BranchScores, MvfaModel, Tokens
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings 
 
 SUPPORT_BATCH = 16
 """Support views scored at once."""
+VALUES = ("zero-shot map", "few-shot map", "zero-shot image score", "few-shot image score")
+"""What has a value range, in the order of the model's buffer."""
 THRESHOLDS = ("_image_threshold", "_pixel_threshold")
 """Buffers of anomalib's post-processor, NaN until set."""
 
@@ -118,7 +120,11 @@ def score_support(
 
 @torch.no_grad()
 def set_ranges(model: MvfaModel, scores: Iterable[BranchScores]) -> None:
-    """Set a model's value ranges to the lowest and highest values that scores reach, by pixel and by image."""
+    """Set a model's value ranges to the lowest and highest values that scores reach, by pixel and by image.
+
+    Raises:
+        ValueError: A value is not finite.
+    """
     seen: list[torch.Tensor] = []
     for batch in scores:
         values = (*model.maps(batch), batch.zero, batch.few)
@@ -127,7 +133,17 @@ def set_ranges(model: MvfaModel, scores: Iterable[BranchScores]) -> None:
     if seen:
         extremes = torch.stack(seen)  # (batches, 4, 2)
         low, high = extremes[..., 0].amin(dim=0), extremes[..., 1].amax(dim=0)
-        model.ranges.copy_(torch.stack([low, high], dim=-1).view(2, 2, 2))
+        ranges = torch.stack([low, high], dim=-1)
+        if not ranges.isfinite().all():
+            msg = "Scores that set the value ranges are not finite: training has diverged. Lower the learning rate."
+            raise ValueError(msg)
+        if flat := [name for name, span in zip(VALUES, (high - low).tolist(), strict=True) if span <= NOISE]:
+            logger.warning(
+                "All images that set the value ranges have the same %s, but for rounding: it is not scaled. Give "
+                "support images that differ, or calibration='none'.",
+                " and ".join(flat),
+            )
+        model.ranges.copy_(ranges.view(2, 2, 2))
 
 
 def is_calibrated(model: MvfaModel) -> bool:

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+NOISE = 1e-5
+"""Values whose range is not above are equal but for rounding, and scaled by it would all saturate."""
 MAX_DISTANCE = 2.0
 """The largest value of 1 - cosine."""
 
@@ -47,7 +49,7 @@ def fuse(
         return sum(terms[1:], terms[0]) / (weights.zero + MAX_DISTANCE * weights.few)
 
     span = ranges[:, 1] - ranges[:, 0]
-    span = torch.where(span > 0, span, torch.ones_like(span))
+    span = torch.where(span > NOISE, span, torch.ones_like(span))
     terms = [weights[row] * (values - ranges[row, 0]) / span[row] for row, values in branches]
     centred = 2 * sum(terms[1:], terms[0]) / (weights.zero + weights.few) - 1
     return 0.5 + 0.5 * centred / (1 + centred.abs())
