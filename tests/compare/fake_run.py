@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import yaml
 
+from anomalib_mvfa.compare.config import Comparison
+from anomalib_mvfa.compare.job import Job
 from anomalib_mvfa.compare.results import JobResult, job_folder
 from anomalib_mvfa.compare.statistics import f1, image_auroc, pixel_auroc
 
@@ -20,14 +21,13 @@ SIDE = 24
 def make_result(method: str, protocol: str, category: str, k_shot: int | None, seed: int, **others) -> JobResult:
     """Return a finished job's result; image and pixel AUROC are ``image`` and ``pixel`` if given."""
     metrics = {f"{level}_AUROC": others.pop(level) for level in ("image", "pixel") if level in others}
-    job = f"{method}-{category}-k{k_shot}-s{seed}"
     result = JobResult(
         method=method,
         protocol=protocol,
         category=category,
         k_shot=k_shot,
         seed=seed,
-        job="".join(letter if letter.isalnum() or letter == "-" else "_" for letter in job),
+        job=Job(None, method, category, k_shot, k_shot, seed).folder,
         digest="0",
         metrics=metrics,
         images={"train": 2 * (k_shot or 8), "validate": 6, "test": 16},
@@ -49,41 +49,33 @@ def write_job(run: Path, result: JobResult, scores: pd.DataFrame | None = None, 
     """Write a job's result, scores (image, label, score, predicted) and counts of pixels; return its folder."""
     folder = job_folder(run, result.job)
     folder.mkdir(parents=True, exist_ok=True)
-    if scores is not None:
-        scores.to_csv(folder / "scores.csv", index=False)
+    scores = drawn_scores(np.random.default_rng(0)) if scores is None else scores
+    scores.to_csv(folder / "scores.csv", index=False)
     if pixels is not None:
         np.savez_compressed(folder / "pixels.npz", counts=pixels)
     result.write(folder)
     return folder
 
 
-def method(name: str, protocol: str = "few_shot", **others) -> dict:
-    """Return a method's settings."""
-    return {"protocol": protocol, "model": {"class_path": name, "init_args": {"image_size": 240}}, **others}
-
-
-def write_config(run: Path, methods: dict[str, dict] | list[str], **others) -> None:
-    """Write the comparison as it was asked for."""
+def write_config(run: Path, methods: dict[str, str] | list[str], categories=("Brain", "Chest"), **others) -> None:
+    """Write a comparison of methods, each with its protocol, few-shot for a list of names, or all its arguments."""
+    protocols = methods if isinstance(methods, dict) else dict.fromkeys(methods, "few_shot")
+    given = {name: {"protocol": value} if isinstance(value, str) else value for name, value in protocols.items()}
+    model = {"class_path": "Mvfa", "init_args": {"image_size": 240}}
     config = {
-        "title": "A comparison",
-        "paper": None,
-        "methods": methods if isinstance(methods, dict) else {name: method(name) for name in methods},
-        "categories": None,
-        "k_shots": [2, 4],
+        "methods": {name: {"model": model, **arguments} for name, arguments in given.items()},
+        "data": {"class_path": "BMADOneClass"},
+        "categories": list(categories),
+        "k_shots": [4],
         "seeds": [0, 1],
-        "group_by": None,
-        "reference": None,
-        "select_epoch_on_test": False,
-        "weights": {},
     }
     run.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").write_text(yaml.safe_dump(config | others, sort_keys=False))
+    Comparison(**config | others).save(run / "config.yaml")
 
 
 def write_run(run: Path, **config) -> None:
     """Write a run of several methods, categories, shots and seeds: one job failed, one method with random weights."""
-    methods = {name: method(name, protocol) for name, protocol in METHODS.items()}
-    write_config(run, methods, **{"title": "Brain & <b>chest</b>", **config})
+    write_config(run, METHODS, k_shots=[2, 4], title="Brain & <b>chest</b>", **config)
     for name, protocol in METHODS.items():
         for category in ("Brain", "Chest"):
             for k_shot in (2, 4) if protocol.startswith("few") else (None,):

@@ -70,12 +70,6 @@ def test_embedding_keeps_neighbours_and_is_the_same_each_time():
     np.testing.assert_array_equal(figures.embed(features, labels), embedded)
 
 
-def test_large_data_are_drawn_from(monkeypatch):
-    monkeypatch.setattr(figures, "MOST_POINTS", 20)
-    features, labels = np.random.default_rng(0).normal(size=(60, 4)), np.arange(60) % 2
-    assert len(figures.embed(features, labels)) == 20
-
-
 @pytest.mark.parametrize("value", [0.0, np.nan])
 @pytest.mark.filterwarnings("error")
 def test_features_without_differences_are_not_drawn(value):

@@ -9,7 +9,6 @@ import io
 import matplotlib as mpl
 import numpy as np
 from PIL import Image, ImageFilter
-from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 SIDE = 160
@@ -20,12 +19,8 @@ OUTLINE = (64, 224, 255)
 MAP_COLOURS = "inferno"
 MAP_SHARE = 0.72
 """Share of the map's colours where a map is laid over its image."""
-
-MOST_POINTS = 500
-"""In a t-SNE plot; of more images, a seeded draw is shown."""
 FEWEST_POINTS = 10
-WIDTH = 50
-"""Principal components that t-SNE starts from: it needs no more, and distances in fewer dimensions are quick."""
+"""In a t-SNE plot."""
 
 
 def picture(image: np.ndarray, scores: np.ndarray | None = None, mask: np.ndarray | None = None) -> str:
@@ -39,45 +34,33 @@ def picture(image: np.ndarray, scores: np.ndarray | None = None, mask: np.ndarra
     resized = Image.fromarray(image).convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     drawn = np.array(resized)
     if scores is not None:
+        finite = np.nan_to_num(scores.astype(float), posinf=0, neginf=0)
+        share = Image.fromarray(np.asarray(mpl.colors.Normalize()(finite), np.float32))
+        colours = mpl.colormaps[MAP_COLOURS](np.asarray(share.resize((SIDE, SIDE), Image.Resampling.BILINEAR)))
         grey = np.asarray(resized.convert("L"), dtype=float)[..., None]
-        drawn = (MAP_SHARE * _colours(scores) + (1 - MAP_SHARE) * grey).round().astype(np.uint8)
+        drawn = (MAP_SHARE * 255 * colours[..., :3] + (1 - MAP_SHARE) * grey).round().astype(np.uint8)
     if mask is not None:
         large = Image.fromarray(((mask > 0) * 255).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.NEAREST)
         drawn[np.asarray(large.filter(ImageFilter.MaxFilter(3))) > np.asarray(large)] = OUTLINE  # just around it
     buffer = io.BytesIO()
-    is_grey = (drawn == drawn[..., :1]).all()
-    Image.fromarray(drawn[..., 0] if is_grey else drawn).save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    Image.fromarray(drawn).save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _colours(scores: np.ndarray) -> np.ndarray:
-    """Return the colours of a map ``(SIDE, SIDE, 3)``, from 0 to 255."""
-    finite = np.nan_to_num(scores.astype(float), posinf=0, neginf=0)
-    span = finite.max() - finite.min()
-    level = Image.fromarray(((finite - finite.min()) / (span if span > 0 else 1)).astype(np.float32))
-    values = np.asarray(level.resize((SIDE, SIDE), Image.Resampling.BILINEAR)).clip(0, 1)
-    return mpl.colormaps[MAP_COLOURS](values)[..., :3] * 255
-
-
-def embed(features: np.ndarray, labels: np.ndarray, seed: int = 0) -> np.ndarray:
+def embed(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Place images in two dimensions by t-SNE, with the same settings for all features.
 
     Args:
         features: Features of the images ``(N, D)``.
         labels: 1 where abnormal ``(N)``.
-        seed: Of the draw among more than ``MOST_POINTS`` images, and of t-SNE.
 
     Returns:
-        Places in the unit square and labels, a row for each image that is drawn ``(n, 3)``; none where there is nothing
-        to see: with few images, of one kind, or with features that are equal or not finite.
+        Places in the unit square and labels ``(N, 3)``; none where there is nothing to see: with few images, of one
+        kind, or with features that are equal or not finite.
     """
-    shown = np.sort(np.random.default_rng(seed).permutation(len(features))[:MOST_POINTS])
-    features, labels = features[shown], labels[shown]
     differ = np.isfinite(features).all() and np.ptp(features, axis=0).any() and np.ptp(labels)
     if len(features) < FEWEST_POINTS or not differ:
         return np.zeros((0, 3))
-    if min(features.shape) > WIDTH:
-        features = PCA(WIDTH, svd_solver="full").fit_transform(features)
     perplexity = min(30.0, (len(features) - 1) / 3)
-    points = TSNE(perplexity=perplexity, init="pca", max_iter=1000, random_state=seed).fit_transform(features)
+    points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features)
     return np.column_stack([(points - points.min(axis=0)) / np.ptp(points, axis=0).clip(1e-9), labels])

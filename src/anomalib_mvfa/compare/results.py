@@ -38,7 +38,7 @@ class JobResult:
         k_shot: K, None where the protocol has no shots.
         seed: Seed of draws, orders and initial weights.
         job: Name of the job's folder.
-        status: An interrupted job has no error; it is run again like a failed one.
+        status: An interrupted job has no error; it is run again like a failed one. A missing one has left no file.
         error: What went wrong, in one line.
         digest: SHA-256 of ``depends_on``.
         depends_on: All that the numbers depend on, see :meth:`~anomalib_mvfa.compare.job.Job.depends_on`.
@@ -64,7 +64,7 @@ class JobResult:
     k_shot: int | None
     seed: int
     job: str
-    status: Literal["finished", "failed", "interrupted"] = "finished"
+    status: Literal["finished", "failed", "interrupted", "missing"] = "finished"
     error: str | None = None
     digest: str | None = None
     depends_on: dict[str, Any] = field(default_factory=dict)
