@@ -42,9 +42,9 @@ class PaperTable:
         method's name do not matter, nor does K where the protocol has no shots.
         """
         table, level = self.figures, metric.removesuffix("_AUROC")
-        named = (table[["method", "alias"]].map(_plain) == _plain(method)).any(axis=1)
         has_shots = table.k_shot.isna() | (table.k_shot == k_shot)
-        found = table[named & has_shots & (table.level == level) & (table.protocol == protocol)]
+        found = table[has_shots & (table.level == level) & (table.protocol == protocol)]
+        found = found[(found[["method", "alias"]].map(_plain) == _plain(method)).any(axis=1)]
         printed = [name for name, levels in SETS.items() if levels.get(level) == {*categories}]
         for names in (printed, [*categories]):
             figures = found.reindex(columns=names).to_numpy(float)

@@ -175,7 +175,7 @@ def cells(outcome: Outcome, resamples: int = 1000) -> DataFrame:
     table[["low", "high"]] = [(mean.low, mean.high) for mean in map(_estimate, found)]
     table["paper"] = [
         paper.figure(line.metric, line.method, line.protocol, line.k_shot, line.categories)
-        if paper and not line.random_weights
+        if paper and line.seeds and not line.random_weights
         else np.nan
         for line in table.itertuples()
     ]
@@ -202,6 +202,7 @@ def _values(outcome: Outcome, resamples: int) -> Iterator[dict[str, Any]]:
             "image_F1Score": f1(table.predicted.to_numpy(float), labels, weights),
         }
         abnormal = {"image_F1Score": labels.mean()}
+        counted = {"groups": table.group.nunique(), "rare": table.groupby("label").group.nunique().min()}
         if pixels.is_file():
             counts = read_arrays(pixels)["counts"].astype(float)
             resampled["pixel_AUROC"] = pixel_auroc(counts, weights)
@@ -209,13 +210,12 @@ def _values(outcome: Outcome, resamples: int) -> Iterator[dict[str, Any]]:
         for metric, value in job.metrics.items():
             yield {
                 **{name: getattr(job, name) for name in (*JOB, "random_weights")},
+                **counted,
                 "categories": [job.category],
                 "test_set": str(job.test_set),
                 "metric": metric,
                 "value": value,
                 "resampled": resampled.get(metric, np.full(resamples, np.nan)),
-                "groups": table.group.nunique(),
-                "rare": min(table.group[table.label == label].nunique() for label in (0, 1)),
                 "trivial": 2 / (1 + 1 / abnormal.get(metric, np.nan)),
             }
 
@@ -223,14 +223,18 @@ def _values(outcome: Outcome, resamples: int) -> Iterator[dict[str, Any]]:
 def _average(values: DataFrame) -> DataFrame:
     """Return averages over several categories that have the metric, by method and seed; NaN where one is missing."""
     names = values.category[values.value.notna()].unique()
+
+    def mean(found: Series) -> float:
+        return found.sum(min_count=len(names)) / len(names)
+
     means = {
         "categories": ("category", list),
         "test_set": ("test_set", ",".join),
-        "value": ("value", lambda found: found.sum(min_count=len(names)) / len(names)),
+        "value": ("value", mean),
         "resampled": ("resampled", lambda found: np.mean(list(found), axis=0)),
         "groups": ("groups", "sum"),
         "rare": ("rare", lambda found: len(found) * found.min()),
-        "trivial": ("trivial", "mean"),
+        "trivial": ("trivial", mean),
         "random_weights": ("random_weights", "any"),
     }
     lines = values[values.category.isin(names) & (len(names) > 1)]
