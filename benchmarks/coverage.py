@@ -99,14 +99,15 @@ def _images(rng: np.random.Generator, patient: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     """Print the table."""
-    sys.stdout.write("| Seeds | Images | Patients | AUROC | Its spread over seeds | Interval of | Ours | Percentiles |\n")
-    sys.stdout.write("| ---: | ---: | ---: | --- | ---: | --- | ---: | ---: |\n")
+    head = ["Seeds", "Images", "Patients", "AUROC", "Its spread over seeds", "Interval of", "Ours", "Percentiles"]
+    sys.stdout.write(f"| {' | '.join(head)} |\n{'| --- ' * len(head)}|\n")
     with ProcessPoolExecutor() as pool:
         for setting, held in zip(SETTINGS, pool.map(coverage, SETTINGS), strict=True):
             patients = str(setting.images // setting.per_patient) if setting.per_patient > 1 else ""
             aurocs = str(setting.auroc) if setting.other is None else f"{setting.auroc} and {setting.other}"
             of = "the mean" if setting.other is None else "the difference"
-            cells = [setting.seeds, setting.images, patients, aurocs, setting.spread, of, *(f"{100 * share:.1f} %" for share in held)]
+            shares = [f"{100 * share:.1f} %" for share in held]
+            cells = [setting.seeds, setting.images, patients, aurocs, setting.spread, of, *shares]
             sys.stdout.write(f"| {' | '.join(map(str, cells))} |\n")
             sys.stdout.flush()
 

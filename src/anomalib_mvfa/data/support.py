@@ -175,7 +175,7 @@ def _thumbnails(paths: Iterable[str]) -> dict[str, np.ndarray]:
 def _thumbnail(path: str) -> np.ndarray | None:
     """Return an image in grey ``(THUMBNAIL * THUMBNAIL)``, None if it cannot be read."""
     with suppress(ValueError):
-        image = read_image(path, "L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+        image = read_image(path).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
         return np.asarray(image, np.float32).flatten()
     return None
 
