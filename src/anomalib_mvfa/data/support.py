@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
@@ -30,6 +30,8 @@ THUMBNAIL = 16
 SAME = 6
 """Grey levels of 255 by which thumbnails of one picture may differ: JPEG of quality 40 changes them by up to 5, and
 different slices of BMAD's Brain by 13 or more."""
+MOST_LOOKED_AT = 2000
+"""Files whose thumbnails are compared; decoding them takes seconds."""
 
 
 def draw(samples: DataFrame, count: int, seed: int) -> DataFrame:
@@ -152,9 +154,12 @@ def without_copies(samples: DataFrame, tested: Series) -> DataFrame:
     return left
 
 
-def warn_of_lookalikes(learnt: Iterable[str], tested: Iterable[str]) -> None:
-    """Log which files to learn from show the same picture as a tested one, whatever the encoding."""
-    known, others = _thumbnails(learnt), _thumbnails(tested)
+def warn_of_lookalikes(learnt: Collection[str], tested: Collection[str]) -> None:
+    """Log which files to learn from show the same picture as a tested one, whatever the encoding.
+
+    Of many files, it looks at evenly spaced ones, since each has to be decoded.
+    """
+    known, others = (_thumbnails(sorted(paths)[:: 1 + len(paths) // MOST_LOOKED_AT]) for paths in (learnt, tested))
     if not known or not others:
         return
     distance, which = KDTree([*known.values()]).query([*others.values()], p=np.inf, distance_upper_bound=SAME + 1)
