@@ -108,7 +108,7 @@ TABLE = {
     "EXIF, upside down": Row(turned(3, RED[::-1, ::-1]), RED),
     "EXIF, upside down and mirrored": Row(turned(4, RED[::-1]), RED),
     "EXIF, transposed": Row(turned(5, RED.swapaxes(0, 1)), RED),
-    "EXIF, to the left": Row(turned(6, RED.swapaxes(0, 1)[::-1]), RED, "odd.tif"),
+    "EXIF, to the left": Row(turned(6, RED.swapaxes(0, 1)[::-1]), RED),
     "EXIF, transposed and upside down": Row(turned(7, RED.swapaxes(0, 1)[::-1, ::-1]), RED),
     "EXIF, to the right": Row(turned(8, RED[::-1].swapaxes(0, 1)), RED),
     "colour profile": Row(picture(RGB_OF_GREY, icc_profile=b"any", quality=100), RGB_OF_GREY, "odd.jpg", tolerance=8),

@@ -82,7 +82,6 @@ def _addition(images: Iterable[str], masks: Iterable[str]) -> tuple[str, str]:
     """Return what most masks' names have before and after an image's name."""
     known, counts = set(images), Counter[tuple[str, str]]()
     for name in masks:
-        ends = [(i, j) for i in range(len(name)) for j in range(len(name), i, -1) if name[i:j] in known]
-        # 10 is no 1 with an addition
-        counts.update((name[:i], name[j:]) for i, j in ends if not (name[:i][-1:] + name[j : j + 1]).isdigit())
+        ends = [(i, j) for i in range(len(name)) for j in range(i + 1, len(name) + 1) if name[i:j] in known]
+        counts.update((name[:i], name[j:]) for i, j in ends)
     return max(counts, key=lambda ends: (counts[ends], -len("".join(ends))), default=("", ""))

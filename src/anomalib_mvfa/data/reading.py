@@ -19,7 +19,7 @@ MASK_THRESHOLD = 127
 def read_image(path: str | Path) -> Image.Image:
     """Read an image file as 8-bit RGB, upright if its EXIF data say how it was held.
 
-    Anomalib's inferencers take the result, and so score what the model would, or are not asked.
+    Give the result, not the path, to anomalib's inferencers, which read files in another way.
 
     Raises:
         ValueError: The file is no readable image, is too large, has several pages, or more than 8 bits a channel.
