@@ -35,7 +35,7 @@ def test_jobs_are_all_combinations_and_shots_count_only_where_there_are_some(com
 
 @pytest.mark.parametrize("category", ["Brain", "Chest"])
 def test_every_protocol_tests_the_same_images_and_learns_from_its_own(comparison, category):
-    jobs = jobs_of(comparison(methods=methods(*PROTOCOLS)))
+    jobs = jobs_of(comparison(methods=methods(*PROTOCOLS), group_by=".*"))
     data = {job.name: job.datamodule() for job in jobs if job.category == category}
     for datamodule in data.values():
         datamodule.setup()
@@ -51,6 +51,7 @@ def test_every_protocol_tests_the_same_images_and_learns_from_its_own(comparison
     assert all(f"/{other}/" in path for path in data["leave_one_out"].train_data.samples.image_path)
     assert [type(data[name]) for name in PROTOCOLS] == [FullNormal, FewShot, FewShot, LeaveOneOut, FewShot]
     assert {datamodule.num_workers for datamodule in data.values()} == {0}  # the source's own
+    assert {datamodule.group_by for datamodule in data.values()} == {".*"}
 
 
 def test_images_of_sources_without_validation_are_the_same_too(comparison, two_categories):
