@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -55,6 +56,16 @@ def phantom_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the root of a data set in BMAD's layout, of 64 px images; read it, and write nothing there."""
     root = tmp_path_factory.mktemp("phantom_root")
     write_phantom(root, size=64, train=4, valid=6, test=4)
+    return root
+
+
+@pytest.fixture(scope="session")
+def categories(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a root with that data set as Brain, and another of the same form as Chest, whose masks are not read."""
+    root = tmp_path_factory.mktemp("categories")
+    write_phantom(root, seed=1, size=64, train=4, valid=6, test=4)
+    (root / "Brain").rename(root / "Chest")
+    shutil.copytree(phantom_root / "Brain", root / "Brain")
     return root
 
 

@@ -1,7 +1,5 @@
 """Baselines in plain tensor operations, data with and without masks, and engines that say little."""
 
-import shutil
-
 import pytest
 import torch
 from anomalib.engine import Engine
@@ -52,15 +50,6 @@ def views(pictures):
 def engine(tmp_path_factory):
     """Build an engine that says little."""
     return lambda **more: Engine(default_root_dir=tmp_path_factory.mktemp("results"), **{**QUIET, **more})
-
-
-@pytest.fixture(scope="session")
-def categories(phantom_root, tmp_path_factory):
-    """Return a root with the same images as Brain, with masks, and as Chest, without; write nothing there."""
-    root = tmp_path_factory.mktemp("categories")
-    for category in ("Brain", "Chest"):
-        shutil.copytree(phantom_root / "Brain", root / category)
-    return root
 
 
 @pytest.fixture(scope="session")

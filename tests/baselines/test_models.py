@@ -167,8 +167,8 @@ def test_half_precision_of_data_without_masks(build, few_shot, engine, kind):
     runner, model = engine(precision="bf16-mixed", limit_train_batches=1, limit_val_batches=1), build(kind)
     runner.fit(model, datamodule=few_shot(category, train_batch_size=2))
     figures = runner.test(model, datamodule=few_shot(category), verbose=False)[0]
-    assert ("pixel_AUROC" in figures) == (category == "Brain")
-    assert all(0 <= value <= 1 for value in figures.values())
+    assert all(0 <= value <= 1 for name, value in figures.items() if category == "Brain" or "pixel" not in name)
+    assert np.isnan(figures["pixel_AUROC"]) == (category == "Chest")
     floats = [value for value in model.state_dict().values() if value.is_floating_point()]
     assert all(value.dtype == torch.float32 for value in floats)
 
@@ -270,7 +270,7 @@ def test_two_processes_equal_one(tiny_config, categories, tmp_path, two_processe
         torch.load(f"{name}.pt") for name in (tmp_path / "one-0", f"{two_processes}-0", f"{two_processes}-1")
     )
     for name, (figures, state) in one.items():
-        assert first[name][0] == pytest.approx(figures, abs=1e-5), name
+        assert first[name][0] == pytest.approx(figures, abs=1e-5, nan_ok=True), name
         for key, value in state.items():
             here, there = first[name][1][key], second[name][1][key]
             assert torch.equal(here.nan_to_num(), there.nan_to_num()), (name, key)

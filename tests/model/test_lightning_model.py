@@ -2,7 +2,6 @@
 
 import io
 import logging
-import shutil
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -40,20 +39,11 @@ def make(tiny_config):
 
 
 @pytest.fixture(scope="module")
-def root(phantom_root, tmp_path_factory):
-    """Return a root with the same images as Brain, with masks, and as Chest, without."""
-    root = tmp_path_factory.mktemp("categories")
-    for category in ("Brain", "Chest"):
-        shutil.copytree(phantom_root / "Brain", root / category)
-    return root
-
-
-@pytest.fixture(scope="module")
-def few_shot(root):
+def few_shot(categories):
     """Build the few-shot datamodule of a category, by default with four batches an epoch."""
 
     def build(category="Brain", **arguments):
-        return BMADFewShot(root, category, **{"k_shot": 2, "num_workers": 0, "train_batch_size": 11, **arguments})
+        return BMADFewShot(categories, category, **{"k_shot": 2, "num_workers": 0, "train_batch_size": 11, **arguments})
 
     return build
 
@@ -310,14 +300,14 @@ def test_a_checkpoint_moves_to_weights_elsewhere(fitted, tmp_path):
     assert loaded.hparams.pretrained == elsewhere
 
 
-def test_a_checkpoint_from_before_the_last_epoch_builds_its_bank_anew(fitted, few_shot, engine, root, tmp_path):
+def test_a_checkpoint_from_before_the_last_epoch_builds_its_bank_anew(fitted, few_shot, engine, categories, tmp_path):
     """From support images, of which nothing is exported."""
     early = Mvfa.load_from_checkpoint(fitted.watch.path, visualizer=False)
     assert early.model.bank.seg.numel() == 0
     with pytest.raises(RuntimeError, match="memory bank or ranges are missing"):
         early.to_torch(tmp_path)
     with pytest.raises(RuntimeError, match="no support images"):
-        engine().predict(early, data_path=root / "Brain/test/good/img/000.png")
+        engine().predict(early, data_path=categories / "Brain/test/good/img/000.png")
     assert 0 <= figures_of(engine(), early, few_shot())["image_AUROC"] <= 1
     assert early.model.bank.seg.numel() > 0
 
@@ -420,9 +410,9 @@ def test_a_fitted_model_says_that_other_data_are_scored_by_its_own_bank(loaded, 
     assert "fitted on Brain" in caplog.text
 
 
-def test_leave_one_out(make, root, engine, tmp_path):
+def test_leave_one_out(make, categories, engine, tmp_path):
     """Trained without masks after a validation; each batch has its own class name; no bank is needed to export."""
-    data = BMADLeaveOneOut(root, "Brain", ["Chest"], num_workers=0, train_batch_size=4)
+    data = BMADLeaveOneOut(categories, "Brain", ["Chest"], num_workers=0, train_batch_size=4)
     model, runner, seen = make(max_epochs=2), engine(callbacks=[Watch(tmp_path / "early.ckpt", save=0)]), []
     runner.validate(model, datamodule=data, verbose=False)
     before = {key: value.clone() for key, value in model.state_dict().items() if "adapters" in key}
@@ -446,6 +436,6 @@ def test_leave_one_out(make, root, engine, tmp_path):
     early.to_torch(tmp_path)
     assert early.eval()(torch.rand(1, 3, 64, 64)).pred_score.isfinite().all()
 
-    figures_of(engine(), early, BMADLeaveOneOut(root, "Chest", ["Brain"], num_workers=0))
+    figures_of(engine(), early, BMADLeaveOneOut(categories, "Chest", ["Brain"], num_workers=0))
     assert early.settings.class_name == OF_CHEST
     torch.testing.assert_close(early.model.text_features, of_chest)
