@@ -18,6 +18,7 @@ from anomalib.models.components import AnomalibModule
 
 from anomalib_mvfa import AprilGan, Bgad, BMADFewShot, BrainPhantom, Clip, Dra, MedClip, Mkd, Mvfa, WinClipBaseline
 from anomalib_mvfa.baselines import mkd
+from anomalib_mvfa.callbacks import FiniteNumbers
 from anomalib_mvfa.compare.models import Origin, build_model
 from recipe import TINY, WINDOWS, images, vgg_features, write_config
 
@@ -171,6 +172,13 @@ def test_half_precision_of_data_without_masks(build, few_shot, engine, kind):
     assert np.isnan(figures["pixel_AUROC"]) == (category == "Chest")
     floats = [value for value in model.state_dict().values() if value.is_floating_point()]
     assert all(value.dtype == torch.float32 for value in floats)
+
+
+@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+def test_every_model_refuses_numbers_that_are_not_finite_before_metrics_count_them(build, kind):
+    model = build(kind)
+    order = [type(callback) for callback in model.configure_callbacks()]
+    assert order.index(FiniteNumbers) < order.index(type(model.evaluator))
 
 
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)

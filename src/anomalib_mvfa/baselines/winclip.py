@@ -17,12 +17,15 @@ from anomalib.metrics import Evaluator
 from anomalib.models import WinClip
 from anomalib.models.image.winclip.torch_model import TEMPERATURE, WinClipModel
 from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ..arguments import check_bounds, documented, optional_text
+from ..callbacks import default_callbacks
 from ..contract import DEFAULT_CLASS_NAME, class_name_of_data
 from ..data.support import support_of
+from ..metrics.evaluator import default_evaluator
 from ..model.backbone import ClipBackbone
 
 IMAGE_SIZE = 240  # height and width that anomalib's pre-processor for WinCLIP makes
@@ -69,6 +72,12 @@ class WinClipBaseline(WinClip):
         self.k_shot = k_shot
         self.few_shot_source = None
         self.is_setup = False
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return anomalib's callbacks, and ours."""
+        return default_callbacks(super().configure_callbacks())
+
+    configure_evaluator = staticmethod(default_evaluator)
 
     def _get_class_name(self) -> str:
         return self.class_name or class_name_of_data(getattr(self._trainer, "datamodule", None)) or DEFAULT_CLASS_NAME
