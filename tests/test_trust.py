@@ -156,7 +156,7 @@ def test_another_data_set_than_the_published_one_is_refused(served, tmp_path):
     served({"Brain/test/good/img/a.png": "not it"}, hashsum="0" * 64)
     with pytest.raises(RuntimeError, match=r"could not be downloaded to it \(Calculated hash .* does not match"):
         BMADOneClass(tmp_path / "data/BMAD").prepare_data()
-    assert not list((tmp_path / "data").iterdir())
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [".BMAD.lock"]
 
 
 def test_an_archive_writes_nothing_outside_of_its_folder(served, tmp_path):

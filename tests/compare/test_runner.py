@@ -136,6 +136,7 @@ def test_a_job_that_runs_too_long_is_ended(comparison, scripted, tmp_path, monke
 
 
 def run_here(arguments):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells turn off for what runs in the background
     sys.exit(cli.main("compare", arguments))
 
 
