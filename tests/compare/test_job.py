@@ -226,10 +226,12 @@ def test_what_a_result_belongs_to(what, changes, comparison, two_categories, tin
 def test_weights_seed_and_protocol_count_where_the_model_has_no_argument_for_them(comparison, tmp_path):
     weights = tmp_path / "weights.pt"
     weights.write_bytes(b"1")
+    write_support_list(tmp_path, "Brain", ["000.png", "001.png"], ["000.png", "001.png"])  # whatever the seed
 
     def digest(protocol="full_normal", seed=0):
         method = {"protocol": protocol, "model": {"class_path": "Patchcore"}}
-        plan = comparison(methods={"A": method}, weights={"A": str(weights)}, seeds=[seed], categories=["Brain"])
+        support = {"support_list": str(tmp_path), "categories": ["Brain"]}
+        plan = comparison(methods={"A": method}, weights={"A": str(weights)}, seeds=[seed], **support)
         return digest_of(identify(jobs_of(plan))[jobs_of(plan)[0].folder])
 
     before = digest()
@@ -237,6 +239,12 @@ def test_weights_seed_and_protocol_count_where_the_model_has_no_argument_for_the
     assert digest("zero_shot") != digest("few_normal")  # with the same images
     weights.write_bytes(b"2")
     assert digest() != before
+
+
+def test_arguments_of_the_data_count_such_as_the_window_of_scans(comparison):
+    jobs = jobs_of(comparison(categories=["Brain"]))
+    expected = [{"class_path": "BMADOneClass", "init_args": {"category": "Brain"}}]  # neither root nor workers
+    assert all(depends_on["sources"] == expected for depends_on in identify(jobs).values())
 
 
 OWN = """
