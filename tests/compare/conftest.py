@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from anomalib_mvfa.compare import runner
 from anomalib_mvfa.compare.config import Comparison
+from anomalib_mvfa.compare.execute import execute
 from anomalib_mvfa.data.phantom import write_phantom
 
 PATCHCORE = {"class_path": "Patchcore", "init_args": {"backbone": "resnet18", "pre_trained": False}}
@@ -43,3 +45,17 @@ def comparison(two_categories: Path, tiny_config: Path):
         return Comparison(**{**arguments, **changes})
 
     return make
+
+
+@pytest.fixture
+def done(monkeypatch):
+    """Run jobs in this process, and return the list of those that were run."""
+    jobs = []
+
+    def one_after_the_other(missing, output, *_args):
+        for job in missing:
+            jobs.append(job.folder)
+            yield execute(job, output)
+
+    monkeypatch.setattr(runner, "_on_this_machine", one_after_the_other)
+    return jobs

@@ -5,23 +5,8 @@ import pytest
 from anomalib_mvfa import plugin
 from anomalib_mvfa.compare import cli, runner
 from anomalib_mvfa.compare.config import Comparison
-from anomalib_mvfa.compare.execute import execute
 from anomalib_mvfa.compare.job import jobs_of
 from anomalib_mvfa.compare.results import read_results
-
-
-@pytest.fixture
-def done(monkeypatch):
-    """Run jobs in this process, and return the list of those that were run."""
-    jobs = []
-
-    def one_after_the_other(missing, output, *_args):
-        for job in missing:
-            jobs.append(job.folder)
-            yield execute(job, output)
-
-    monkeypatch.setattr(runner, "_on_this_machine", one_after_the_other)
-    return jobs
 
 
 def test_the_exit_code_and_the_output_tell(comparison, done, tmp_path, capsys):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from anomalib_mvfa import BMADOneClass
 from anomalib_mvfa.compare import cli, runner
 from anomalib_mvfa.compare.execute import execute, write_failure
 from anomalib_mvfa.compare.job import digest_of, identify, jobs_of
@@ -26,20 +27,6 @@ while not os.path.exists(os.path.join(RUN, "go", JOB)):
     time.sleep(0.02)
 """
 """Waits for a file; where it does not wait on, it ends with its parent, as a real job does."""
-
-
-@pytest.fixture
-def done(monkeypatch):
-    """Run jobs in this process, and return the list of those that were run."""
-    jobs = []
-
-    def one_after_the_other(missing, output, *_args):
-        for job in missing:
-            jobs.append(job.folder)
-            yield execute(job, output)
-
-    monkeypatch.setattr(runner, "_on_this_machine", one_after_the_other)
-    return jobs
 
 
 @pytest.fixture
@@ -87,6 +74,13 @@ def test_what_has_finished_is_kept_and_what_changed_is_moved_away(comparison, do
     assert done == [before.job]
     assert (tmp_path / "superseded" / f"{before.job}-{before.digest[:8]}" / "result.json").is_file()
     assert [result.job for result in read_results(tmp_path)] == sorted(folders)
+
+
+def test_data_are_downloaded_before_they_are_looked_at(comparison, done, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(BMADOneClass, "prepare_data", lambda data: asked.append((data.category, len(done))))
+    runner.compare(comparison(methods={"PatchCore": comparison().methods["PatchCore"]}), tmp_path)
+    assert asked[:2] == [("Brain", 0), ("Chest", 0)]
 
 
 def test_two_comparisons_do_not_share_a_folder(comparison, done, tmp_path):

@@ -23,18 +23,16 @@ from anomalib.engine import Engine
 from lightning import seed_everything
 
 from ..callbacks import ADVICE, TERMINATED, FiniteNumbers, is_out_of_memory
-from ..io import commit, dataset_digest, device_name, versions
+from ..io import commit, device_name, versions
 from ..metrics.evaluator import default_evaluator
 from ..model.export import OrderKeepingPostProcessor
 from . import recorders
 from .config import Comparison
-from .job import Job, digest_of, identify, jobs_of
+from .job import PARTS, Job, digest_of, image_digests, jobs_of
 from .models import build_model
 from .results import JobResult, writing
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
-
-PARTS = {"train": "train_data", "validate": "val_data", "test": "test_data"}
 
 
 def execute(job: Job, run: Path, gpu: int | None = None) -> JobResult:
@@ -58,29 +56,28 @@ def execute(job: Job, run: Path, gpu: int | None = None) -> JobResult:
     return result
 
 
-def write_failure(job: Job, run: Path, message: str, details: str = "", status: Any = "failed") -> JobResult:  # noqa: ANN401
+def write_failure(job: Job, run: Path, error: str | None, details: str = "") -> JobResult:
     """Write the result of a job that has failed or was interrupted.
 
     Args:
         job: The job.
         run: Folder of the comparison.
-        message: What went wrong, in one line; none if it was interrupted.
+        error: What went wrong, in one line; None if it was interrupted.
         details: The traceback.
-        status: "failed" or "interrupted".
     """
-    result = job.result(status=status, error=message if status == "failed" else None, date=_now())
+    result = job.result(status="failed" if error else "interrupted", error=error, date=_now())
     with writing(run, job.folder) as folder:
-        if status == "failed":
-            (folder / "error.txt").write_text(details or message, "utf-8")
+        if error:
+            (folder / "error.txt").write_text(details or error, "utf-8")
         result.write(folder)
     return result
 
 
 def _train_and_test(job: Job, folder: Path, gpu: int | None) -> JobResult:
     start = time.perf_counter()
-    depends_on = identify([job])[job.folder]
-    seed_everything(job.seed, workers=True, verbose=False)
     datamodule: Any = job.datamodule()
+    depends_on = job.depends_on(image_digests(datamodule))
+    seed_everything(job.seed, workers=True, verbose=False)
     defaults = job.model_defaults(getattr(datamodule, "class_name", None))
     model, origin = build_model(job.method.model, job.weights, **defaults)
     model.post_processor = OrderKeepingPostProcessor()
@@ -123,7 +120,7 @@ def _train_and_test(job: Job, folder: Path, gpu: int | None) -> JobResult:
             if name.startswith("image_") or (name.startswith("pixel_") and "pixels" in scores.kept)
         },
         images={name: len(getattr(datamodule, part, None) or ()) for name, part in PARTS.items()},
-        test_set=dataset_digest(datamodule.test_data),
+        test_set=depends_on["images"]["test"],
         epochs=epochs,
         selected_epoch=epoch,
         random_weights=origin.is_random,

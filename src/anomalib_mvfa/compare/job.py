@@ -18,6 +18,8 @@ from .results import JobResult, read_result
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
+PARTS = {"train": "train_data", "validate": "val_data", "test": "test_data"}
+"""Attributes of a datamodule, by what its images are for."""
 WITH_SHOTS = ("few_normal", "few_shot")
 LONGEST = 200
 """Bytes of a folder's name; disks take 255."""
@@ -175,8 +177,7 @@ def identify(jobs: list[Job]) -> dict[str, dict[str, Any]]:
 def image_digests(datamodule: Any) -> dict[str, str | None]:  # noqa: ANN401  # of a protocol
     """Return digests of the images, labels and masks to learn from, to validate and to test on."""
     datamodule.setup()
-    parts = {"train": "train_data", "validate": "val_data", "test": "test_data"}
-    return {name: dataset_digest(getattr(datamodule, part, None)) for name, part in parts.items()}
+    return {name: dataset_digest(getattr(datamodule, part, None)) for name, part in PARTS.items()}
 
 
 def digest_of(depends_on: Mapping[str, Any]) -> str:

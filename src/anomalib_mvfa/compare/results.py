@@ -6,8 +6,8 @@
     RUN/jobs/<job>/result.json   a :class:`JobResult`, written last
     RUN/jobs/<job>/scores.csv    every test image: image, label, score and predicted (whether above the threshold)
     RUN/jobs/<job>/pixels.npz    counts (N, 2, bins): normal and abnormal pixels of each image in bins of rising scores
-    RUN/jobs/<job>/pictures.npz  some test images and their maps, see `recorders.PictureRecorder`
-    RUN/jobs/<job>/features.npz  features with and without adapters, see `recorders.FeatureRecorder`; of MVFA only
+    RUN/jobs/<job>/pictures.npz  some test images and their maps, see `recorders.save_pictures`
+    RUN/jobs/<job>/features.npz  features with and without adapters, see `recorders.save_features`; of MVFA only
     RUN/jobs/<job>/error.txt     the traceback of a job that failed
     RUN/logs/<job>.log           what the job printed
     RUN/superseded/              folders of jobs that something has changed for since

@@ -26,7 +26,7 @@ from ..callbacks import TERMINATED
 from ..io import explain_failed_write
 from .config import Comparison
 from .execute import write_failure
-from .job import Job, digest_of, finished_result, identify, jobs_of
+from .job import Job, build_datamodule, digest_of, finished_result, identify, jobs_of
 from .results import JobResult, job_folder, read_result, supersede
 
 GRACE = 10
@@ -60,6 +60,8 @@ def compare(comparison: Comparison, output: Path, workers: int | None = None) ->
     gpus = torch.cuda.device_count() if comparison.accelerator in {"auto", "gpu", "cuda"} else 0
     workers = max(gpus, 1) if workers is None else workers
     check_bounds("workers", workers, 1)
+    for source in comparison.sources().values():
+        build_datamodule(source).prepare_data()  # downloads what it can, once for all jobs
     digests = {folder: digest_of(depends_on) for folder, depends_on in identify(jobs).items()}
     with _alone_in(output):
         comparison.save(output / "config.yaml")
@@ -177,7 +179,7 @@ def _on_this_machine(
         _end([process for _, process, _ in running.values()])
         for job, *_ in running.values():
             if read_result(run, job.folder) is None:
-                write_failure(job, run, "", status="interrupted")
+                write_failure(job, run, None)
 
 
 def _start(job: Job, run: Path, gpu: int | None, environment: dict[str, str]) -> subprocess.Popen:
@@ -211,7 +213,7 @@ def _result(job: Job, run: Path, code: int, problem: str) -> JobResult:
     if result is not None:
         return result
     if not problem and code in {-signal.SIGTERM, TERMINATED}:
-        return write_failure(job, run, "", status="interrupted")
+        return write_failure(job, run, None)
     if not problem:
         killed = code == -getattr(signal, "SIGKILL", 9)
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
@@ -237,11 +239,11 @@ def _on_cluster(jobs: list[Job], run: Path, timeout_min: int | None, parameters:
             job, ended, state = waiting.pop(handle), handle.exception(), handle.state
             result = read_result(run, job.folder)
             if result is None and state.startswith(PREEMPTED):
-                result = write_failure(job, run, "", status="interrupted")
+                result = write_failure(job, run, None)
             message = " ".join(f"{state}: {ended}. See {handle.paths.stderr}.".split())
             yield result or write_failure(job, run, message)
     finally:
         for handle, job in waiting.items():
             handle.cancel()
             if read_result(run, job.folder) is None:
-                write_failure(job, run, "", status="interrupted")
+                write_failure(job, run, None)
