@@ -1,5 +1,7 @@
 """The protocols on real medical images, where they are (see `bmad_mini`)."""
 
+import math
+
 import pytest
 import torch
 from anomalib.engine import Engine
@@ -61,7 +63,7 @@ def test_leave_one_out_trains_and_tests(bmad_mini, tiny_config, tmp_path):
     engine.fit(model, datamodule=data)
     (results,) = engine.test(model, datamodule=data)
     assert 0 < results["image_AUROC"] < 1
-    assert "pixel_AUROC" not in results
+    assert math.isnan(results["pixel_AUROC"])  # no masks: not defined
     counts = {"Brain": 152, "Chest": 120, "Histopathology": 160, "Retina_OCT2017": 39}
     assert {name: len(paths) for name, paths in seen.items()} == {name: counts[name] for name in others}
     assert all(len(set(paths)) == len(paths) for paths in seen.values())
