@@ -129,8 +129,8 @@ def test_map_and_score_by_hand(model):
 # ---------------------------------------------------------------------- training
 
 
-# Of the authors' `train_meta_epoch` (xcyao00/BGAD at commit 2806d37), run as it is over three meta epochs of eight epochs
-# with the settings of its config.py, and of its `conditional_flow_model` with 2 blocks and 16 encodings by NumPy's and
+# Of the authors' `train_meta_epoch` (xcyao00/BGAD at commit 2806d37), run as it is over three meta epochs of eight
+# epochs with the settings of its config.py, and of its `conditional_flow_model` with 2 blocks and 16 encodings by NumPy's and
 # torch's seed 0: the first level's loss in every epoch, learning rates, and both levels' log-likelihoods at every 37th
 # position. Gradients were zeroed as torch did before 2.0; positions came in our order.
 LOSSES = [

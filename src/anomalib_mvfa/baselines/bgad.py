@@ -117,7 +117,7 @@ class Bgad(TrainedBaseline, AnomalibModule):
     It trains on one device. Normal images alone teach it the likelihood, and nothing else.
 
     Args:
-        backbone: Timm's name of a convolutional network; it is frozen.
+        backbone: Timm's name of a convolutional network, with the tag of its weights; it is frozen.
         layers: Layers of the backbone, by timm's names.
         condition_vector: P, the width of positional encodings, a multiple of 4.
         coupling_blocks: Number of coupling blocks of each flow.
@@ -140,7 +140,7 @@ class Bgad(TrainedBaseline, AnomalibModule):
 
     def __init__(
         self,
-        backbone: str = "tf_efficientnet_b6",
+        backbone: str = "tf_efficientnet_b6.aa_in1k",
         layers: Sequence[str] = ("blocks.1", "blocks.2", "blocks.4"),
         pre_trained: bool | str = DEFAULT_PRETRAINED is not None,
         image_size: int = IMAGE_SIZE,

@@ -148,7 +148,7 @@ class Dra(TrainedBaseline, AnomalibModule):
     """DRA: learns from labelled anomalies, pseudo anomalies made of normal images, and differences from normal images.
 
     Args:
-        backbone: Timm's name of a convolutional network with a stride of 32; it is trained.
+        backbone: Timm's name of a convolutional network with a stride of 32, with the tag of its weights; it is trained.
         image_size: Height and width in pixels to which images are resized, at least 128.
         references: Largest number of normal images that the residual head compares with.
         top_share: Share of the positions, the highest, whose mean is an image's score.
@@ -165,7 +165,7 @@ class Dra(TrainedBaseline, AnomalibModule):
 
     def __init__(
         self,
-        backbone: str = "resnet18",
+        backbone: str = "resnet18.tv_in1k",
         pre_trained: bool | str = DEFAULT_PRETRAINED is not None,
         image_size: int = IMAGE_SIZE,
         references: int = 5,

@@ -148,7 +148,7 @@ class Mkd(TrainedBaseline, AnomalibModule):
         check_choice("backbone", backbone, ["vgg11", "vgg13", "vgg16", "vgg19"])
         super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
         with loading_weights(backbone), drawn_from(RANDOM_SEED):
-            teacher = get_model(backbone, weights="DEFAULT" if pre_trained is True else None)
+            teacher = get_model(backbone, weights="IMAGENET1K_V1" if pre_trained is True else None)
         if isinstance(pre_trained, str):
             load_state(teacher, read_state(checked_path(pre_trained)), backbone, pre_trained)
         self.model = MkdModel(teacher.features, value_weight)
