@@ -130,9 +130,9 @@ def test_map_and_score_by_hand(model):
 
 
 # Of the authors' `train_meta_epoch` (xcyao00/BGAD at commit 2806d37), run as it is over three meta epochs of eight
-# epochs with the settings of its config.py, and of its `conditional_flow_model` with 2 blocks and 16 encodings by NumPy's and
-# torch's seed 0: the first level's loss in every epoch, learning rates, and both levels' log-likelihoods at every 37th
-# position. Gradients were zeroed as torch did before 2.0; positions came in our order.
+# epochs with the settings of its config.py, and of its `conditional_flow_model` with 2 blocks and 16 encodings by
+# NumPy's and torch's seed 0: the first level's loss in every epoch, learning rates, and both levels' log-likelihoods at
+# every 37th position. Gradients were zeroed as torch did before 2.0; positions came in our order.
 LOSSES = [
     *(1.35841, 1.358249, 1.357733, 1.357262, 1.357395, 1.357573, 1.357057, 1.356695),
     *(1.445987, 1.444279, 1.445405, 1.445767, 1.443252, 1.442797, 1.440407, 1.442131),

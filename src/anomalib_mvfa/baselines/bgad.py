@@ -135,6 +135,7 @@ class Bgad(TrainedBaseline, AnomalibModule):
     """
 
     IMAGE_SIZE = 256
+    BATCH_SIZE = 32
     normal_only_warning = "BGAD learns no boundary. Use a FewShot datamodule on data with masks."
     model: BgadModel
 

@@ -27,7 +27,8 @@ class SplitDataModule(AnomalibDataModule):
     """A datamodule that splits the images of other datamodules, its sources, by a protocol.
 
     Args:
-        train_batch_size: Images in a training batch.
+        train_batch_size: Images in a training batch; by default what the model's authors train with, if that is known,
+            else `BATCH_SIZE`.
         eval_batch_size: Images in a validation or test batch.
         num_workers: Processes that load images.
         train_augmentations: Augmentations of training images; in few-shot, before the views are taken.
@@ -46,10 +47,11 @@ class SplitDataModule(AnomalibDataModule):
     protocol: ProtocolDefaults
     sources: list[AnomalibDataModule]
     seed: int
+    BATCH_SIZE = 1
 
     def __init__(
         self,
-        train_batch_size: int,
+        train_batch_size: int | None,
         eval_batch_size: int = 32,
         num_workers: int = 8,
         train_augmentations: Transform | None = None,
@@ -59,11 +61,11 @@ class SplitDataModule(AnomalibDataModule):
         seed: int = 0,
         partial_masks: bool = False,
     ) -> None:
-        check_bounds("train_batch_size", train_batch_size, 1)
+        check_bounds("train_batch_size", 1 if train_batch_size is None else train_batch_size, 1)
         check_bounds("eval_batch_size", eval_batch_size, 1)
         check_bounds("seed", seed, 0)
         super().__init__(
-            train_batch_size,
+            train_batch_size,  # type: ignore[arg-type]  # read below alone
             eval_batch_size,
             num_workers,
             train_augmentations=train_augmentations,
@@ -98,7 +100,9 @@ class SplitDataModule(AnomalibDataModule):
         """Return a loader of training images, reshuffled every epoch."""
         # The support is small and its views are kept in memory, which workers would not share.
         num_workers = self.num_workers if getattr(self, "support", None) is None else 0
-        return train_loader(self.train_data, self.train_batch_size, self.seed, num_workers)
+        model = getattr(self.trainer, "lightning_module", None)
+        batch_size = self.train_batch_size or getattr(model, "BATCH_SIZE", None) or self.BATCH_SIZE
+        return train_loader(self.train_data, batch_size, self.seed, num_workers)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Return a loader that shows every validation image once, or none when there is no image."""
