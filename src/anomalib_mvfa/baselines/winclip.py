@@ -27,6 +27,7 @@ from ..contract import DEFAULT_CLASS_NAME, class_name_of_data
 from ..data.support import support_of
 from ..metrics.evaluator import default_evaluator
 from ..model.backbone import ClipBackbone
+from ..model.vit_backbone import is_vit
 
 IMAGE_SIZE = 240  # height and width that anomalib's pre-processor for WinCLIP makes
 
@@ -105,6 +106,9 @@ class WindowModel(WinClipModel):
 
     def __init__(self, backbone: str, pretrained: str | None, scales: Sequence[int]) -> None:
         super(WinClipModel, self).__init__()  # WinClipModel's own downloads
+        if is_vit(backbone):
+            msg = f"backbone={backbone!r} has no texts, which WinCLIP compares images with. Give a model of open_clip."
+            raise ValueError(msg)
         self.tower = ClipBackbone(backbone, pretrained, IMAGE_SIZE)
         grid = self.tower.grid
         if not 1 <= min(scales) <= max(scales) <= grid:
