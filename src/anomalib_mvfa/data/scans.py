@@ -169,7 +169,7 @@ def convert(sources: Mapping[str, Path], pictures: Path, window: Window | None) 
     pictures.mkdir(parents=True, exist_ok=True)
     with FileLock(pictures / f".{digest}.lock"):
         record = target / RECORD
-        if sorted(_read_record(record)) == _list(target):
+        if record.is_file() and sorted(_read_record(record)) == _list(target):
             return target
         for left in (partial, target):  # by a run that was killed, or with slices that have been removed
             shutil.rmtree(left, ignore_errors=True)
@@ -195,7 +195,7 @@ def origin_of(path: Path) -> tuple[Path, int] | None:
 
 def _read_record(path: Path) -> dict[str, tuple[str, int]]:
     """Return scan and number of each slice by the slice's path in the record's folder; nothing if it is damaged."""
-    return _parse_record(path.read_bytes()) if path.is_file() else {}
+    return _parse_record(path.read_bytes())
 
 
 @lru_cache(maxsize=4)

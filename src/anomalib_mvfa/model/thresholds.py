@@ -130,8 +130,8 @@ class Evidence:
             return f"Image threshold {threshold:.4g}. No labelled image was at hand to say how good it is.", doubts
         if self.learnt:
             doubts.append(
-                f"Sensitivity and specificity on the {self.images} images are optimistic: the adapters have learnt from "
-                "these very images."
+                f"Sensitivity and specificity on the {self.images} images are optimistic: the adapters have learnt "
+                "from these very images."
             )
         rule = {BEST_F1: "best F1", "number": "as given"}.get(name, f"{name}={value:g}")
         if name == BEST_F1 and not found["sensitivity"].images:
