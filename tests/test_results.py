@@ -14,7 +14,7 @@ from anomalib.data import Folder
 from anomalib.engine import Engine
 from PIL import Image
 
-from anomalib_mvfa import Mvfa, SaveMaps, results
+from anomalib_mvfa import BMADFewShot, Mvfa, SaveMaps, results
 from anomalib_mvfa.results import Results, with_title
 
 WIDE = (90, 40)
@@ -94,7 +94,7 @@ def test_titles_are_not_cut_off(width):
     assert titled[-10:].max() == 0
 
 
-def test_a_folder_that_cannot_be_written_to_is_named_before_training(monkeypatch, tiny_config, tmp_path):
+def test_a_folder_that_cannot_be_written_to_is_named_before_training(monkeypatch, tiny_config, phantom_root, tmp_path):
     def refuse(dir):  # noqa: A002  # tempfile's name
         raise OSError(errno.EROFS, "Read-only file system", str(Path(dir, "x")))
 
@@ -103,4 +103,4 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_training(monkeypatch
     model = Mvfa(str(tiny_config), pretrained=None, image_size=56, visualizer=False)
     assert isinstance(model.configure_callbacks()[-1], Results)
     with pytest.raises(OSError, match=r"scores\.csv was not written \(Read-only file system\)"):
-        Engine(default_root_dir=tmp_path, accelerator="cpu").predict(model, data_path=tmp_path)
+        Engine(default_root_dir=tmp_path, accelerator="cpu").fit(model, datamodule=BMADFewShot(phantom_root, k_shot=1))
