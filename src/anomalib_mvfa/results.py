@@ -51,14 +51,14 @@ Look = Callable[[Any, ImageBatch, Sequence[int]], dict[str, Any]]
 
 
 class Recorder(Callback):
-    """Keeps what a function makes of each tested or predicted batch; of chosen images only where ``counts`` are given.
+    """Keeps what a function makes of each test batch; of chosen images only where ``counts`` are given.
 
     Args:
         look: Function of the torch model, the batch and the rows to look at; returns values by name, one for each row.
         counts: How many normal and abnormal images to choose, the same ones for every method; all by default.
 
     Attributes:
-        kept: Values of the last test or prediction by name, "paths" of images among them.
+        kept: Values of the last test by name, "paths" of images among them.
     """
 
     def __init__(self, look: Look, counts: Mapping[LabelName, int] | None = None) -> None:
@@ -85,9 +85,6 @@ class Recorder(Callback):
             for name, values in {"paths": [paths[row] for row in rows], **found}.items():
                 self.kept.setdefault(name, []).extend(values)
 
-    on_predict_start = on_test_start
-    on_predict_batch_end = on_test_batch_end  # type: ignore[assignment]  # of more positional arguments
-
 
 def threshold_in_use(post_processor: Any) -> float:  # noqa: ANN401  # anomalib's, another's or none
     """Return the image threshold in the scale of :func:`scores_of`, NaN if there is none."""
@@ -100,14 +97,14 @@ def scores_of(batch: ImageBatch) -> list[float]:
     return torch.as_tensor(getattr(batch, "raw_score", batch.pred_score)).float().flatten().tolist()
 
 
-class Results(Recorder):
+class Results(Callback):
     """Writes ``metrics.json`` and ``scores.csv`` at the end of a test, and ``scores.csv`` at that of a prediction.
 
     Each is written once, by the first process, with what all processes have scored.
     """
 
     def __init__(self) -> None:
-        super().__init__(_numbers_of)
+        self._recorder = Recorder(_numbers_of)  # no subclass: a trainer drops its own callbacks of a model's base class
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ANN401
         """See to it that there is a folder to write to, before anything is computed.
@@ -121,6 +118,17 @@ class Results(Recorder):
             with explain_failed_write(folder / SCORES):
                 folder.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401
+        """Forget earlier tests and predictions."""
+        self._recorder.on_test_start(trainer, pl_module)
+
+    def on_test_batch_end(self, *args: Any) -> None:  # noqa: ANN401
+        """Keep the numbers of a batch."""
+        self._recorder.on_test_batch_end(*args)
+
+    on_predict_start = on_test_start
+    on_predict_batch_end = on_test_batch_end  # type: ignore[assignment]  # of more positional arguments
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401
         """Say how good the threshold is."""
@@ -157,10 +165,10 @@ class Results(Recorder):
 
     def _write_scores(self, trainer: Any, pl_module: Any) -> pd.DataFrame:  # noqa: ANN401
         """Write and return what all processes have scored, each image once."""
-        kept: list[Any] = [self.kept]
+        kept: list[Any] = [self._recorder.kept]
         if trainer.world_size > 1:
             kept = [None] * trainer.world_size
-            torch.distributed.all_gather_object(kept, self.kept)
+            torch.distributed.all_gather_object(kept, self._recorder.kept)
         table = pd.concat([pd.DataFrame(one, columns=["paths", *CALLED, "score", "dice"]) for one in kept])
         table = table.rename(columns={"paths": "image"}).drop_duplicates("image").sort_values("image")
         threshold = threshold_in_use(pl_module.post_processor)
