@@ -77,6 +77,11 @@ ARGUMENTS = {
         '"logits" (published) or "probabilities" (paper) are upsampled to maps.', choices=("logits", "probabilities")
     ),
     "seed": Argument("Seed of initial weights and of all random choices."),
+    "threshold": Argument(
+        'Image score above which an image is abnormal: "best_f1"; "sensitivity=0.95" or "specificity=0.9", at least '
+        "that on the validation or support images; or a number in the scale of ``scores.csv``. By default what the "
+        "checkpoint has, and best_f1 in a fit."
+    ),
     "top_share": Argument(low=0, high=1),
     "boundary_share": Argument(low=0, high=0.5),
     **dict.fromkeys(("references", "coupling_blocks", "fiber_batch_size"), Argument(low=1)),

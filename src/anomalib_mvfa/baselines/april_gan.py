@@ -55,6 +55,7 @@ class AprilGan(AdapterTrainingMixin, AnomalibModule):
         max_epochs: int = 50,
         bank_images: int = 16,
         seed: int = 0,
+        threshold: float | str | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -62,7 +63,7 @@ class AprilGan(AdapterTrainingMixin, AnomalibModule):
     ) -> None:
         check_arguments(locals())
         backbone, pretrained = str(backbone), optional_text(pretrained)
-        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer, threshold)
         clip = load_backbone(backbone, pretrained, image_size, quick_gelu)
         levels = check_levels(levels, clip.depth)
         seg, det = new_adapters(len(levels), clip, "linear", seed)

@@ -119,6 +119,7 @@ class Clip(FrozenMixin, AnomalibModule):
         calibration: str = "support",
         bank_images: int = 16,
         seed: int = 0,
+        threshold: float | str | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -126,7 +127,7 @@ class Clip(FrozenMixin, AnomalibModule):
     ) -> None:
         check_arguments(locals())
         backbone, pretrained = str(backbone), optional_text(pretrained)
-        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer, threshold)
         clip = load_backbone(backbone, pretrained, image_size, quick_gelu)
         model = FrozenModel(clip, MemoryBank(), check_levels(levels, clip.depth), normalize)
         self._init_frozen(model, calibration, seed, bank_images)

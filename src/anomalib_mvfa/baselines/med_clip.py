@@ -198,6 +198,7 @@ class MedClip(FrozenMixin, AnomalibModule):
         calibration: str = "support",
         bank_images: int = 16,
         seed: int = 0,
+        threshold: float | str | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -205,7 +206,7 @@ class MedClip(FrozenMixin, AnomalibModule):
     ) -> None:
         check_arguments(locals())
         backbone, pretrained = str(backbone), optional_text(pretrained)
-        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer, threshold)
         tower = StageBackbone(backbone, pretrained, image_size)
         model = FrozenModel(tower, StageBank(), check_levels(levels, STAGES), normalize=True)
         self._init_frozen(model, calibration, seed, bank_images)
