@@ -30,7 +30,7 @@ class StreamModel(MvfaModel):
     def tokens(self, image: torch.Tensor, learn_seg: bool = True) -> Tokens:
         """Return the stream of the frozen backbone, per level ``(B, L, D)``, as features of both branches."""
         del learn_seg
-        frozen = [self.without_registers(level) for level in self.frozen_tokens(image)]
+        frozen = [self.backbone.without_registers(level) for level in self.frozen_tokens(image)]
         return Tokens(frozen, frozen)
 
 

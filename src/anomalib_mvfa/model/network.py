@@ -56,6 +56,10 @@ class FrozenNetwork(nn.Module):
         """Run blocks (from 1) after ``start`` up to ``end`` on tokens ``(B, L, D)``."""
         raise NotImplementedError
 
+    def without_registers(self, x: torch.Tensor) -> torch.Tensor:
+        """Return tokens ``(B, L, ...)`` without register tokens."""
+        return torch.cat([x[:, :1], x[:, 1 + self.registers :]], dim=1) if self.registers else x
+
     def encode_states(self, prompts: Sequence[Sequence[str]]) -> torch.Tensor:
         """Return unit columns ``(E, 2)``, normal and abnormal, from the prompts for each."""
         raise NotImplementedError

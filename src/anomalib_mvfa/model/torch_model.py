@@ -217,8 +217,8 @@ class MvfaModel(nn.Module, metaclass=_FromNames):
             # Out of autocast: features differ in their last digits, which half precision does not keep.
             with torch.autocast(x.device.type, enabled=False), _frozen(seg_adapter, not learn_seg):
                 seg, det = seg_adapter(x), det_adapter(x)
-                tokens.seg.append(self.without_registers(seg))
-                tokens.det.append(self.without_registers(det))
+                tokens.seg.append(self.backbone.without_registers(seg))
+                tokens.det.append(self.backbone.without_registers(det))
                 if adapted and position < last:
                     to_stream = seg_adapter.to_stream(seg), det_adapter.to_stream(det)
                     x = add_to_stream(x, *to_stream, self.residual_ratio, self.residual)
@@ -305,11 +305,6 @@ class MvfaModel(nn.Module, metaclass=_FromNames):
         device = image.device.type
         half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return list(self.cache.tokens(image, lambda new: torch.stack(compute(new)), (half, len(ends))))
-
-    def without_registers(self, x: torch.Tensor) -> torch.Tensor:
-        """Return tokens of which register tokens, behind the class token, are left out."""
-        registers = self.backbone.registers
-        return torch.cat([x[:, :1], x[:, 1 + registers :]], dim=1) if registers else x
 
     def encode_states(self, class_name: str) -> torch.Tensor:
         """Return the text features ``(E, 2)`` of a class: unit columns, normal and abnormal."""
