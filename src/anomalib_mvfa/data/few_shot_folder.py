@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -112,11 +113,17 @@ class OwnImages(NamedFolder):
         try:
             with self.place.open(encoding="utf-8-sig") as file:
                 separator = max(",;\t", key=file.readline().count)
-            table = pd.read_csv(self.place, sep=separator, dtype=str, index_col=False, encoding="utf-8-sig").fillna("")
-        except ValueError as error:  # pandas' own errors and those of Unicode are such
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pd.errors.ParserWarning)  # of rows that are longer than the first
+                table = pd.read_csv(self.place, sep=separator, dtype=str, index_col=False, encoding="utf-8-sig")
+        except (
+            ValueError,
+            pd.errors.ParserWarning,
+        ) as error:  # most of pandas are ValueErrors
             msg = f"table='{self.place}' cannot be read as CSV in UTF-8 ({' '.join(str(error).split())}). Correct it."
             raise ValueError(msg) from error
-        table = table.rename(columns=lambda name: str(name).strip().lower()).apply(lambda column: column.str.strip())
+        table = table.fillna("").rename(columns=lambda name: str(name).strip().lower())
+        table = table.apply(lambda column: column.str.strip())
         if missing := {"image", "label"} - {*table.columns}:
             msg = (
                 f"table='{self.place}' has no column {' and '.join(sorted(missing))}; its columns are "
