@@ -24,7 +24,9 @@ def own(own_root, tmp_path):
 
 
 def keep(folder, count):
-    for path in sorted(folder.iterdir())[count:]:
+    """Keep the last files of a folder."""
+    files = sorted(folder.iterdir())
+    for path in files[: len(files) - count]:
         path.unlink()
 
 
@@ -106,6 +108,12 @@ def test_no_patient_is_in_two_parts(own, form, seed):
 @pytest.mark.parametrize(("share", "val"), [(0, 7), (0.2, 5), (0.9, 0), (1, 0)])
 def test_the_share_that_is_tested(own, share, val):
     assert counts(own_images(own, test_split_ratio=share))[1:] == [(val, val), (7 - val, 7 - val)]
+
+
+def test_abnormal_images_that_are_not_learnt_from_validate(own):
+    few, normal = own_images(own), own_images(own, abnormal_shots=0)
+    assert counts(normal) == [(3, 0), (3, 6), (4, 4)]
+    assert list(normal.test_data.samples.image_path) == list(few.test_data.samples.image_path)
 
 
 def test_fewer_images_than_k_are_all_learnt_from(own, caplog):
@@ -215,11 +223,9 @@ def test_what_is_wrong_with_folders_is_named(own, arguments, error):
 
 
 def test_what_is_not_read_is_named(own, caplog):
+    own_images(None, table=write_table(own, change(0, 3, "patient")))
+    assert "table.csv: the columns patient are not read; image, label, mask, group are." in caplog.text
     (own / "abnormal").rename(own / "ill")
     shutil.rmtree(own / "masks")
     own_images(own)
     assert "own: the folders ill are not read, or empty." in caplog.text
-    own_images(
-        None, table=write_table(own, lambda rows: (rows.__delitem__(slice(11, None)), change(0, 3, "patient")(rows)))
-    )
-    assert "table.csv: the columns patient are not read; image, label, mask, group are." in caplog.text
