@@ -29,6 +29,7 @@ from .model.torch_model import MvfaModel as MvfaModel
 from .model.weights import load_adapters as load_adapters
 from .model.weights import save_adapters as save_adapters
 from .plugin import register as register
+from .results import SaveMaps as SaveMaps
 
 MODULES: dict[str, str]
 __version__: str
