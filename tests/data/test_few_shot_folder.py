@@ -140,6 +140,7 @@ def test_a_run_without_abnormal_images_and_one_without_a_test(own, case, tiny_co
     said = [message for message in caplog.messages if message.startswith("There is no test: own has no image left")]
     assert (len(results), len(said)) == ((0, 1) if case == "all" else (1, 0))
     assert len(data.support) == 11 * (20 if case == "all" else 4)
+    assert len(data.train_data) == (220 if case == "all" else 4)
     assert model.model.bank.filled
     (batch,) = engine.predict(model, data_path=own / "normal" / "p0_n0.png")
     assert 0 <= batch.pred_score.item() <= 1
