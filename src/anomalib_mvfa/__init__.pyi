@@ -16,6 +16,7 @@ from .data import BMADLeaveOneOut as BMADLeaveOneOut
 from .data import BMADOneClass as BMADOneClass
 from .data import BrainPhantom as BrainPhantom
 from .data import FewShot as FewShot
+from .data import FewShotFolder as FewShotFolder
 from .data import FullNormal as FullNormal
 from .data import LeaveOneOut as LeaveOneOut
 from .data import Phantom as Phantom

@@ -28,6 +28,7 @@ from filelock import FileLock
 from PIL import Image
 from rich.progress import track
 
+from ..arguments import optional_text
 from ..io import explain_failed_write
 from .folder import NamedFolder
 from .reading import MASK_THRESHOLD, by_name, check_mask_names, check_mask_values, files_below, find_images
@@ -92,7 +93,8 @@ class Scans(NamedFolder):
         **kwargs,  # noqa: ANN003  # of Folder
     ) -> None:
         given = {"normal": normal_dir, "abnormal": abnormal_dir, "normal_test": normal_test_dir, "mask": mask_dir}
-        self.folders = {kind: Path(root or ".", folder).expanduser() for kind, folder in given.items() if folder}
+        named = {kind: optional_text(folder) for kind, folder in given.items()}
+        self.folders = {kind: Path(root or ".", folder).expanduser() for kind, folder in named.items() if folder}
         self.window = check_window(window)
         self.pictures = Path(pictures or Path("datasets", f"{name}_8bit")).expanduser()
         kwargs |= {f"{kind}_dir": kind for kind in self.folders if kind != "normal_test"}
