@@ -149,7 +149,8 @@ class CalibratedMixin(AnomalibMixin):
         is_needed = not calibration.thresholds_are_set(self.post_processor) or (replace and len(labels) == 2)
         if is_needed and labels and isinstance(self.post_processor, PostProcessor):
             learnt = bool(getattr(self, "learns", False))
-            calibration.set_thresholds(self.post_processor, self.model, self.state.support, learnt)
+            scored = [(self.model.fuse(scores), item) for scores, item in self.state.support]
+            calibration.set_thresholds(self.post_processor, scored, "support", learnt)
 
     @torch.no_grad()
     def _calibrate_on_test(self) -> None:
