@@ -291,6 +291,7 @@ class FusionMixin(CalibratedMixin):
         super().on_save_checkpoint(checkpoint)
         for key in [key for key in checkpoint["state_dict"] if key.startswith(BACKBONE_PREFIX)]:
             del checkpoint["state_dict"][key]
+        checkpoint["hyper_parameters"].pop("adapters", None)  # where training started, which need not be there again
         checkpoint[self.checkpoint_key] = self.state.to_checkpoint(self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -306,9 +307,9 @@ class FusionMixin(CalibratedMixin):
                 "adapters (.pth) are loaded by Mvfa's argument `adapters`."
             )
             raise RuntimeError(msg)
+        super().on_load_checkpoint(checkpoint)
         backbone = f"backbone={self.hparams['backbone']!r}, pretrained={self.hparams['pretrained']!r}"
         self.state = FitState.from_checkpoint(saved, self.model, backbone)
-        super().on_load_checkpoint(checkpoint)
         self._apply_settings(self.settings if self.state.settings else Settings.for_data(self._facts))
         adapt_state_dict(checkpoint["state_dict"], self.state_dict(), saved, self.model, self.settings)
 
