@@ -21,7 +21,7 @@ from lightning.pytorch import Callback
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..arguments import check_bounds, documented, optional_text, storable
+from ..arguments import check_bounds, documented, optional_text
 from ..callbacks import default_callbacks
 from ..contract import DEFAULT_CLASS_NAME, class_name_of_data
 from ..data.support import support_of
@@ -62,11 +62,11 @@ class WinClipBaseline(WinClip):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        # Anomalib saves these locals as hyper-parameters, and reads back plain types only.
         scales = [int(scale) for scale in scales]
         backbone, pretrained = str(backbone), optional_text(pretrained)
         check_bounds("k_shot", k_shot, 0)
         super(WinClip, self).__init__(pre_processor, post_processor, evaluator, visualizer)  # WinClip's own downloads
-        self.hparams.update(storable(self.hparams))
         self.model = WindowModel(backbone, pretrained, scales)
         self.class_name = class_name
         self.k_shot = k_shot

@@ -29,7 +29,7 @@ logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings 
 
 LIGHTNING_MAX_EPOCHS = 1000
 """What Lightning trains for when it is told nothing."""
-NETWORK = {"backbone", "image_size", "adaptation", "layers", "condition_vector", "coupling_blocks"}
+NETWORK = {"backbone", "quick_gelu", "image_size", "adaptation", "layers", "condition_vector", "coupling_blocks"}
 """Arguments that trained weights depend on; levels and the backbone's weights are compared as they are in use."""
 
 

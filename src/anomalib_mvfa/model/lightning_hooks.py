@@ -129,9 +129,9 @@ class CalibratedMixin(AnomalibMixin):
                 return
             if support is None:
                 msg = (
-                    "There are no support images to build the memory bank from: no finished fit is loaded, and the "
-                    "data offer none. Load a checkpoint of a finished fit, or give a FewShot datamodule or one with "
-                    f"normal training images{self._or_no_bank}."
+                    f"There are no support images to build the memory bank from: {self._no_bank}, and the data offer "
+                    "none. Load a checkpoint of a finished fit, or give a FewShot datamodule or one with normal "
+                    f"training images{self._or_no_bank}."
                 )
                 raise RuntimeError(msg)
             with self._scoring_context():
@@ -311,7 +311,8 @@ class FusionMixin(CalibratedMixin):
         backbone = f"backbone={self.hparams['backbone']!r}, pretrained={self.hparams['pretrained']!r}"
         self.state = FitState.from_checkpoint(saved, self.model, backbone)
         self._apply_settings(self.settings if self.state.settings else Settings.for_data(self._facts))
-        adapt_state_dict(checkpoint["state_dict"], self.state_dict(), saved, self.model, self.settings)
+        own = self.state_dict()
+        self.state.differing = adapt_state_dict(checkpoint["state_dict"], own, saved, self.model, self.settings)
 
     def to_torch(self, *args, **kwargs) -> Path:  # noqa: ANN002, ANN003
         """Export without the support: images of patients do not belong into an exported file."""
@@ -329,11 +330,16 @@ class FusionMixin(CalibratedMixin):
             self._begin()
         if not calibration.is_calibrated(self.model):
             msg = (
-                "The model cannot be exported: its memory bank or ranges are missing. Export after a fit, or from a "
-                f"checkpoint of a finished one{self._or_no_bank}."
+                f"The model cannot be exported, its memory bank or ranges are missing: {self._no_bank}. Export after a "
+                f"fit, or from a checkpoint of a finished one{self._or_no_bank}."
             )
             raise RuntimeError(msg)
         self._set_text_features()
+
+    @property
+    def _no_bank(self) -> str:
+        differing = self.state.differing
+        return f"the checkpoint's was made with other values, {differing}" if differing else "no finished fit is loaded"
 
     @property
     def _or_no_bank(self) -> str:
