@@ -241,6 +241,13 @@ def test_console_script_parses_short_names(monkeypatch, capsys):
     assert "class_path: anomalib_mvfa." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("before", ["", "import anomalib.models; "])
+def test_anomalibs_console_script_runs_our_command_line(before):
+    """As the start-up hook does, whatever is imported first; tests/test_command_line.py shows what it does."""
+    code = "from anomalib.cli.cli import main; print(main.__globals__['AnomalibCLI'].__name__)"
+    assert python(before + code).split()[-1] == "CheckpointCli"
+
+
 def test_a_name_of_anomalib_is_never_overwritten(caplog):
     theirs = type("FewShot", (), {"__module__": "anomalib.data.datamodules"})
     host = ModuleType("anomalib.data")

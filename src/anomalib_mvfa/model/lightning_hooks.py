@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from ..contract import DataFacts, class_name_of, describe, has_label
 from ..data.support import support_of
+from ..progress import progress
 from . import calibration
 from .export import ThresholdScaledPostProcessor
 from .lightning_base import AnomalibMixin, plan_epochs
@@ -153,7 +154,10 @@ class CalibratedMixin(AnomalibMixin):
         self._test_scores.clear()
         with self._scoring_context():
             for loader_idx, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
-                for batch_idx, batch in enumerate(islice(loader, int(self.trainer.num_test_batches[loader_idx]))):
+                total = int(self.trainer.num_test_batches[loader_idx])
+                for batch_idx, batch in enumerate(
+                    progress(islice(loader, total), "Calibrating on the test set", total)
+                ):
                     tokens = self.model.tokens(self._preprocess(batch.image))
                     scores = self.model.branch_scores(tokens, self.model.text_features)
                     self._test_scores[loader_idx, batch_idx] = scores
