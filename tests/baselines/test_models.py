@@ -89,6 +89,8 @@ def test_a_checkpoint_gives_the_same_figures_and_scores(fitted, few_shot, engine
 
 
 def test_a_checkpoint_is_enough_on_the_command_line(fitted, categories, tmp_path, monkeypatch):
+    if type(fitted.model) is WinClipBaseline:
+        pytest.skip("it is not trained, so the command line saves no checkpoint")
     monkeypatch.chdir(tmp_path)
     film = str(categories / "Brain" / "test" / "Ungood" / "img" / "000.png")
     options = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--model.visualizer=false", f"--data={film}"]
