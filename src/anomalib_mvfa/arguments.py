@@ -23,8 +23,9 @@ class Argument:
 
 ARGUMENTS = {
     "backbone": Argument(
-        "Name of an open_clip model with a plain vision transformer, or path of a model config in open_clip's JSON "
-        "form. The environment variable ``ANOMALIB_MVFA_BACKBONE`` sets the default."
+        "Name of an open_clip model with a plain vision transformer, ``timm/`` and the name of one of timm, or path of "
+        "a model config in the JSON form of either. The environment variable ``ANOMALIB_MVFA_BACKBONE`` sets the "
+        "default."
     ),
     "pretrained": Argument(
         "Tag of open_clip, path of a weight file (.pt, .safetensors, or OpenAI's own archive), or None for seeded "
@@ -41,7 +42,9 @@ ARGUMENTS = {
         "Use QuickGELU, with which OpenAI's weights were trained, in place of GELU in both towers, as the "
         "backbones called ...-quickgelu always do. MVFA's published code does not."
     ),
-    "normalize": Argument("Whether images are normalised by CLIP's mean and standard deviation."),
+    "normalize": Argument(
+        "Whether images are normalised by CLIP's mean and standard deviation; for networks of timm, they always are."
+    ),
     "image_score": Argument(choices=("map_max", "det_mean", "det_max")),
     "zero_shot_weight": Argument("Weight of the text branch in scores.", low=0),
     "few_shot_weight": Argument(
@@ -76,6 +79,11 @@ ARGUMENTS = {
         '"logits" (published) or "probabilities" (paper) are upsampled to maps.', choices=("logits", "probabilities")
     ),
     "seed": Argument("Seed of initial weights and of all random choices."),
+    "threshold": Argument(
+        'Image score above which an image is abnormal: "best_f1"; "sensitivity=0.95" or "specificity=0.9", at least '
+        "that on the validation or support images; or a number in the scale of ``scores.csv``. By default what the "
+        "checkpoint has, and best_f1 in a fit."
+    ),
     "top_share": Argument(low=0, high=1),
     "boundary_share": Argument(low=0, high=0.5),
     **dict.fromkeys(("references", "coupling_blocks", "fiber_batch_size"), Argument(low=1)),

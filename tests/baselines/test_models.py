@@ -1,6 +1,7 @@
 """What every model of ours keeps to, in anomalib's engine: fit, test, checkpoints, exports, half precision, help."""
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -100,6 +102,24 @@ def test_a_checkpoint_is_enough_on_the_command_line(fitted, categories, tmp_path
     (found,) = cli.predict(**cli._prepare_subcommand_kwargs("predict"))
     (expected,) = fitted.engine.predict(fitted.model, data_path=film, ckpt_path=fitted.checkpoint)
     torch.testing.assert_close(found.pred_score, expected.pred_score)
+
+
+def test_a_test_leaves_its_numbers(fitted):
+    folder, data = Path(fitted.engine.trainer.default_root_dir), fitted.engine.trainer.datamodule
+    written = json.loads((folder / "metrics.json").read_text())
+    assert fitted.figures.items() <= written["metrics"].items()
+    assert written["images"] == {"normal": 4, "abnormal": 4}
+    table = pd.read_csv(folder / "scores.csv").set_index("image")
+    assert len(table) == len(data.test_data)
+    for batch in data.test_dataloader():
+        image = fitted.model.pre_processor.transform(batch.image)
+        rows = table.loc[batch.image_path]
+        with torch.no_grad():
+            own, decided = fitted.model.model.eval()(image).pred_score.flatten(), scores(fitted.model, batch.image)
+        np.testing.assert_allclose(rows.score, own, rtol=1e-4)
+        assert list(rows.decision == "abnormal") == decided.pred_label.flatten().tolist()
+        assert list(rows.label == "abnormal") == batch.gt_label.tolist()
+        assert list(rows.decision == "abnormal") == list(rows.score > rows.threshold)
 
 
 def test_checkpoints_hold_plain_types_and_no_frozen_clip(fitted):
@@ -211,6 +231,8 @@ def test_every_argument_is_documented(kind):
         (AprilGan, {"learning_rate": -1.0}, r"learning_rate=-1\.0 must be at least 0\."),
         (Clip, {"bank_images": 0}, r"bank_images=0 must be at least 1\."),
         (MedClip, {"calibration": "train"}, "support, none, test"),
+        (WinClipBaseline, {"threshold": "f1"}, r"threshold='f1' is unknown; choose best_f1"),
+        (Dra, {"threshold": "sensitivity=95"}, r"threshold='sensitivity=95' is unknown"),
         (WinClipBaseline, {"k_shot": -1}, r"k_shot=-1 must be at least 0\."),
         (Mkd, {"backbone": "resnet18"}, r"backbone='resnet18' is unknown; choose one of: vgg11, vgg13, vgg16, vgg19"),
         (Mkd, {"image_size": 31}, r"image_size=31 must be at least 32"),
@@ -295,6 +317,12 @@ def test_two_processes_equal_one(tiny_config, categories, tmp_path, two_processe
     )
     for name, (figures, state) in one.items():
         assert first[name][0] == pytest.approx(figures, abs=1e-5, nan_ok=True), name
+        tables = [[*Path(tmp_path, f"one-{name}-None").rglob("scores.csv")]]
+        tables += [[*Path(f"{two_processes}-{name}-{rank}").rglob("scores.csv")] for rank in (0, 1)]
+        (alone,), (together,), none = tables  # every image once, by the first process
+        assert none == []
+        tables = [pd.read_csv(table).drop(columns="image") for table in (together, alone)]
+        pd.testing.assert_frame_equal(*tables, atol=1e-4)
         for key, value in state.items():
             here, there = first[name][1][key], second[name][1][key]
             assert torch.equal(here.nan_to_num(), there.nan_to_num()), (name, key)

@@ -174,14 +174,24 @@ def reset_thresholds(post_processor: Any) -> None:  # noqa: ANN401
     for name in THRESHOLDS:
         if hasattr(post_processor, name):
             getattr(post_processor, name).fill_(torch.nan)
+    if hasattr(post_processor, "forget"):
+        post_processor.forget()
 
 
 def set_thresholds(
     post_processor: "PostProcessor",
     model: MvfaModel,
     support: Sequence[tuple[BranchScores, "ImageItem"]],
+    learnt: bool = False,
 ) -> None:
-    """Find a post-processor's thresholds on support images of both labels, by anomalib's own rule (best F1)."""
+    """Find a post-processor's thresholds on support images.
+
+    Args:
+        post_processor: Of anomalib; what is asked for is in it.
+        model: The torch model.
+        support: Unfused scores and item of every support image.
+        learnt: Whether the adapters have learnt from these images.
+    """
     from anomalib.data import ImageBatch
 
     logger.info("Thresholds come from the %d support images: validation did not show both labels.", len(support))
@@ -197,3 +207,6 @@ def set_thresholds(
         )
         post_processor.on_validation_batch_end(*hosts, batch)
     post_processor.on_validation_epoch_end(*hosts)
+    evidence = getattr(post_processor, "evidence", None)
+    if evidence is not None:
+        evidence.images, evidence.learnt = "support", learnt

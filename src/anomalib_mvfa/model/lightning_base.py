@@ -23,7 +23,8 @@ from ..data.dataset import read_strictly
 from ..data.reading import refuse_high_bit_depth
 from ..io import save_atomically
 from ..metrics.evaluator import default_evaluator
-from .export import AntialiasedPreProcessor, ExportMixin, OrderKeepingPostProcessor
+from ..results import ScoreVisualizer
+from .export import AntialiasedPreProcessor, ExportMixin, OrderKeepingPostProcessor, ask_for_threshold
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -46,10 +47,12 @@ class AnomalibMixin(ExportMixin):  # no AnomalibModule itself: anomalib would li
         post_processor: nn.Module | bool,
         evaluator: Evaluator | bool,
         visualizer: Visualizer | bool,
+        threshold: float | str | None = None,
     ) -> None:
         if pre_processor is True and image_size is not None:
             pre_processor = self.configure_pre_processor((image_size, image_size))
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        ask_for_threshold(self.post_processor, threshold)
         self.hparams.update(storable(self.hparams))  # which anomalib saves
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -141,8 +144,8 @@ class AnomalibMixin(ExportMixin):  # no AnomalibModule itself: anomalib would li
 
     @classmethod
     def configure_visualizer(cls) -> ImageVisualizer:
-        """Return anomalib's visualizer, with colours that span each map: fused scores fill a small part of [0, 1]."""
-        return ImageVisualizer(overlay_fields_config={"anomaly_map": {"colormap": True, "normalize": True}})
+        """Return anomalib's visualizer, with scores in the pictures."""
+        return ScoreVisualizer()
 
 
 class AtomicCheckpointIO(AnomalibCheckpointIO):

@@ -141,11 +141,16 @@ class CalibratedMixin(AnomalibMixin):
                 calibration.set_ranges(self.model, (scores for scores, _ in self.state.support))
 
     def _set_thresholds_from_support(self, replace: bool = False) -> None:
-        """Let the post-processor find its thresholds on the support, if it has none or they are to be replaced."""
+        """Let the post-processor find its thresholds on the support, if it has none or there are better ones.
+
+        Normal support images alone give a threshold where nothing else does: the highest of their scores, each without
+        the image's own views in the bank.
+        """
         labels = {item.gt_label.item() for _, item in self.state.support if item.gt_label is not None}
-        is_needed = replace or not calibration.thresholds_are_set(self.post_processor)
-        if is_needed and len(labels) == 2 and isinstance(self.post_processor, PostProcessor):
-            calibration.set_thresholds(self.post_processor, self.model, self.state.support)
+        is_needed = not calibration.thresholds_are_set(self.post_processor) or (replace and len(labels) == 2)
+        if is_needed and labels and isinstance(self.post_processor, PostProcessor):
+            learnt = bool(getattr(self, "learns", False))
+            calibration.set_thresholds(self.post_processor, self.model, self.state.support, learnt)
 
     @torch.no_grad()
     def _calibrate_on_test(self) -> None:
@@ -315,8 +320,11 @@ class FusionMixin(CalibratedMixin):
         backbone = f"backbone={self.hparams['backbone']!r}, pretrained={self.hparams['pretrained']!r}"
         self.state = FitState.from_checkpoint(saved, self.model, backbone)
         self._apply_settings(self.settings if self.state.settings else Settings.for_data(self._facts))
+        state = checkpoint["state_dict"]
         own = self.state_dict()
-        self.state.differing = adapt_state_dict(checkpoint["state_dict"], own, saved, self.model, self.settings)
+        self.state.differing = adapt_state_dict(state, own, saved, self.model, self.settings)
+        if state.get("post_processor._image_threshold", torch.zeros(())).isnan():
+            calibration.reset_thresholds(self.post_processor)  # other options: what it was found on does not hold
 
     def to_torch(self, *args, **kwargs) -> Path:  # noqa: ANN002, ANN003
         """Export without the support: images of patients do not belong into an exported file."""

@@ -155,6 +155,7 @@ class Mvfa(AdapterTrainingMixin, AnomalibModule):
         bce: str = "logits",
         upsample: str = "logits",
         seed: int = 0,
+        threshold: float | str | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -165,7 +166,7 @@ class Mvfa(AdapterTrainingMixin, AnomalibModule):
             msg = "zero_shot_weight and few_shot_weight are both 0; one branch at least must have weight."
             raise ValueError(msg)
         prompts = Prompts.given(normal_states=normal_states, abnormal_states=abnormal_states, templates=templates)
-        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer, threshold)
         model = build_mvfa(
             str(backbone),
             optional_text(pretrained),
