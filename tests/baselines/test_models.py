@@ -90,7 +90,7 @@ def test_a_checkpoint_gives_the_same_figures_and_scores(fitted, few_shot, engine
     torch.testing.assert_close(scores(loaded, image).anomaly_map, scores(fitted.model, image).anomaly_map)
 
 
-def test_a_checkpoint_is_enough_on_the_command_line(fitted, categories, tmp_path, monkeypatch):
+def test_a_checkpoint_is_enough_on_the_command_line(fitted, categories, engine, tmp_path, monkeypatch):
     if type(fitted.model) is WinClipBaseline:
         pytest.skip("it is not trained, so the command line saves no checkpoint")
     monkeypatch.chdir(tmp_path)
@@ -100,7 +100,8 @@ def test_a_checkpoint_is_enough_on_the_command_line(fitted, categories, tmp_path
     cli = AnomalibCLI([*start, *options], run=False)
     assert dict(cli.model.hparams) == dict(fitted.model.hparams)
     (found,) = cli.predict(**cli._prepare_subcommand_kwargs("predict"))
-    (expected,) = fitted.engine.predict(fitted.model, data_path=film, ckpt_path=fitted.checkpoint)
+    loaded = type(fitted.model).load_from_checkpoint(fitted.checkpoint, visualizer=False)
+    (expected,) = engine().predict(loaded, data_path=film)
     torch.testing.assert_close(found.pred_score, expected.pred_score)
 
 
