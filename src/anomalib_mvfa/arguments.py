@@ -2,10 +2,12 @@
 
 import inspect
 import os
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from numbers import Integral
+from pathlib import Path
 from typing import Any, TypeVar
 
 
@@ -92,6 +94,9 @@ ARGUMENTS = {
     ),
 }
 
+FILES = {"backbone", "pretrained", "pre_trained", "adapters"}
+"""Arguments that may be paths of files."""
+
 
 def check_arguments(values: Mapping[str, Any]) -> None:
     """Check arguments against their bounds and choices.
@@ -153,6 +158,25 @@ def plain(value: Any) -> Any:  # noqa: ANN401  # whatever an argument may be
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, os.PathLike) else value
+
+
+def storable(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments as checkpoints keep them: in plain types, and files by paths that hold in any folder."""
+    stored = {name: plain(value) for name, value in arguments.items()}
+    for name in FILES & stored.keys():
+        path = Path(str(stored[name])).expanduser()
+        if path.is_file() and (name != "backbone" or path.suffix == ".json"):
+            stored[name] = str(path.absolute())
+    return stored
+
+
+def differences(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, str]:
+    """Return by name what is said of arguments that differ from those of a checkpoint; long values are shortened."""
+    return {
+        name: f"{name}={reprlib.repr(value)} (checkpoint: {reprlib.repr(saved[name])})"
+        for name, value in given.items()
+        if name in saved and saved[name] != value
+    }
 
 
 def optional_text(value: str | os.PathLike | None) -> str | None:

@@ -27,7 +27,7 @@ from ..contract import DEFAULT_CLASS_NAME, class_name_of_data
 from ..data.support import support_of
 from ..metrics.evaluator import default_evaluator
 from ..model.backbone import ClipBackbone
-from ..model.export import OrderKeepingPostProcessor, ask_for_threshold
+from ..model.export import ExportMixin, OrderKeepingPostProcessor, ask_for_threshold
 from ..model.vit_backbone import is_vit
 from ..results import ScoreVisualizer
 
@@ -35,7 +35,7 @@ IMAGE_SIZE = 240  # height and width that anomalib's pre-processor for WinCLIP m
 
 
 @documented
-class WinClipBaseline(WinClip):
+class WinClipBaseline(ExportMixin, WinClip):
     """WinCLIP (Jeong et al., CVPR 2023): windows of an image, compared with prompts and with normal images.
 
     Prompts, scores and their fusion are anomalib's. Reference images are the datamodule's support, or else normal

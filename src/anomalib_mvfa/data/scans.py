@@ -26,10 +26,10 @@ from anomalib.data import PredictDataset
 from anomalib.data.utils import LabelName, Split, ValSplitMode
 from filelock import FileLock
 from PIL import Image
-from rich.progress import track
 
 from ..arguments import optional_text
 from ..io import explain_failed_write
+from ..progress import progress
 from .folder import NamedFolder
 from .reading import MASK_THRESHOLD, by_name, check_mask_names, check_mask_values, files_below, find_images
 from .scan_files import (
@@ -260,7 +260,7 @@ def _write_slices(
     marked: dict[str, bool] = defaultdict(bool)  # by group
     for kind, paths in scans.items():
         windows = _windows_of_series(paths, window) if kind != "mask" else {}
-        for name, path in track(paths.items(), f"Converting {kind} scans", transient=True) if kind != "mask" else ():
+        for name, path in progress(list(paths.items()), f"Converting {kind} scans") if kind != "mask" else ():
             scan = read_scan(path)
             images, marks = to_8_bit(scan, windows.get(str(Path(name).parent), window), path), None
             if kind == "abnormal" and masks is not None:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from ..arguments import documented
+from ..progress import progress
 from .linear import linear
 from .network import FrozenNetwork
 from .weights import FLOATS, RANDOM_SEED, State, checked_download, fingerprint, first_line, load_state, read_state
@@ -110,7 +111,7 @@ class ClipBackbone(FrozenNetwork):
         with torch.autocast(device.type, enabled=False):
             features = [
                 self.clip.encode_text(self.tokenizer(list(prompts[start : start + TEXT_BATCH])).to(device))
-                for start in range(0, len(prompts), TEXT_BATCH)
+                for start in progress(range(0, len(prompts), TEXT_BATCH), "Encoding prompts")
             ]
         return normalize(torch.cat(features).float(), dim=-1)
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from ..progress import progress
 from .fusion import NOISE, value_range
 from .torch_model import BranchScores, MvfaModel, Tokens
 
@@ -109,7 +110,8 @@ def score_support(
             for kind in kinds
             for first in range(0, len(kind), SUPPORT_BATCH)
         ]
-        for batch in DataLoader(support, batch_sampler=batches, collate_fn=support.collate_fn):
+        loader = DataLoader(support, batch_sampler=batches, collate_fn=support.collate_fn)
+        for batch in progress(loader, "Filling the memory bank", len(batches)):
             for item in batch.items:
                 items.setdefault(item.image_path, item)
             image = preprocess(batch.image)

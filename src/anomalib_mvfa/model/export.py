@@ -39,10 +39,14 @@ class ExportMixin(_Host):
         """Raise an error for a model that cannot score, which an exported file would not say."""
 
     def to_torch(self, *args, **kwargs) -> Path:  # noqa: ANN002, ANN003
-        """Export as anomalib does, with weights that ask for no gradient."""
+        """Export as anomalib does, without metrics (100 MB of bins) and with weights that ask for no gradient."""
         self.check_exportable()
-        with _without_gradients(self):
-            return super().to_torch(*args, **kwargs)
+        evaluator, self.evaluator = self.evaluator, None
+        try:
+            with _without_gradients(self):
+                return super().to_torch(*args, **kwargs)
+        finally:
+            self.evaluator = evaluator
 
     def to_onnx(self, *args, **kwargs) -> Path:  # noqa: ANN002, ANN003
         """Export as anomalib does, in the operator set that torch writes; OpenVINO's export passes through here too."""

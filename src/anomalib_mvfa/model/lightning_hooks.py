@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from ..contract import DataFacts, class_name_of, describe, has_label
 from ..data.support import support_of
+from ..progress import progress
 from . import calibration
 from .export import ThresholdScaledPostProcessor
 from .lightning_base import AnomalibMixin, plan_epochs
@@ -129,9 +130,9 @@ class CalibratedMixin(AnomalibMixin):
                 return
             if support is None:
                 msg = (
-                    "There are no support images to build the memory bank from: no finished fit is loaded, and the "
-                    "data offer none. Load a checkpoint of a finished fit, or give a FewShot datamodule or one with "
-                    f"normal training images{self._or_no_bank}."
+                    f"There are no support images to build the memory bank from: {self._no_bank}, and the data offer "
+                    "none. Load a checkpoint of a finished fit, or give a FewShot datamodule or one with normal "
+                    f"training images{self._or_no_bank}."
                 )
                 raise RuntimeError(msg)
             with self._scoring_context():
@@ -159,7 +160,10 @@ class CalibratedMixin(AnomalibMixin):
         self._test_scores.clear()
         with self._scoring_context():
             for loader_idx, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
-                for batch_idx, batch in enumerate(islice(loader, int(self.trainer.num_test_batches[loader_idx]))):
+                total = int(self.trainer.num_test_batches[loader_idx])
+                for batch_idx, batch in enumerate(
+                    progress(islice(loader, total), "Calibrating on the test set", total)
+                ):
                     tokens = self.model.tokens(self._preprocess(batch.image))
                     scores = self.model.branch_scores(tokens, self.model.text_features)
                     self._test_scores[loader_idx, batch_idx] = scores
@@ -297,6 +301,7 @@ class FusionMixin(CalibratedMixin):
         super().on_save_checkpoint(checkpoint)
         for key in [key for key in checkpoint["state_dict"] if key.startswith(BACKBONE_PREFIX)]:
             del checkpoint["state_dict"][key]
+        checkpoint["hyper_parameters"].pop("adapters", None)  # where training started, which need not be there again
         checkpoint[self.checkpoint_key] = self.state.to_checkpoint(self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -312,12 +317,13 @@ class FusionMixin(CalibratedMixin):
                 "adapters (.pth) are loaded by Mvfa's argument `adapters`."
             )
             raise RuntimeError(msg)
+        super().on_load_checkpoint(checkpoint)
         backbone = f"backbone={self.hparams['backbone']!r}, pretrained={self.hparams['pretrained']!r}"
         self.state = FitState.from_checkpoint(saved, self.model, backbone)
-        super().on_load_checkpoint(checkpoint)
         self._apply_settings(self.settings if self.state.settings else Settings.for_data(self._facts))
         state = checkpoint["state_dict"]
-        adapt_state_dict(state, self.state_dict(), saved, self.model, self.settings)
+        own = self.state_dict()
+        self.state.differing = adapt_state_dict(state, own, saved, self.model, self.settings)
         if state.get("post_processor._image_threshold", torch.zeros(())).isnan():
             calibration.reset_thresholds(self.post_processor)  # other options: what it was found on does not hold
 
@@ -337,11 +343,16 @@ class FusionMixin(CalibratedMixin):
             self._begin()
         if not calibration.is_calibrated(self.model):
             msg = (
-                "The model cannot be exported: its memory bank or ranges are missing. Export after a fit, or from a "
-                f"checkpoint of a finished one{self._or_no_bank}."
+                f"The model cannot be exported, its memory bank or ranges are missing: {self._no_bank}. Export after a "
+                f"fit, or from a checkpoint of a finished one{self._or_no_bank}."
             )
             raise RuntimeError(msg)
         self._set_text_features()
+
+    @property
+    def _no_bank(self) -> str:
+        differing = self.state.differing
+        return f"the checkpoint's was made with other values, {differing}" if differing else "no finished fit is loaded"
 
     @property
     def _or_no_bank(self) -> str:
