@@ -7,6 +7,7 @@ loop, a profile of training and test steps, and a few-shot run by the command li
 import argparse
 import csv
 import json
+import math
 import os
 import re
 import subprocess
@@ -210,12 +211,12 @@ def run_few_shot(options: argparse.Namespace, figures: Figures) -> None:
     figures["wall time, s"] = time.monotonic() - clock
     tables = [path for path in (options.output / "run").rglob("metrics.csv") if path.stat().st_mtime >= began]
     rows = [row for path in tables for row in csv.DictReader(path.open())]
-    found = {name: row[name] for row in rows for name in ("image_AUROC", "pixel_AUROC") if row.get(name)}
-    if code or not found:
+    found = {name: float(row[name]) for row in rows for name in ("image_AUROC", "pixel_AUROC") if row.get(name)}
+    if code or not found or not all(map(math.isfinite, found.values())):
         errors = re.findall(r"^(?:\w+\.)*\w*Error.*", log, re.MULTILINE)
         msg = f"exit code {code}, figures {found}; see run.log. {' '.join(errors[-1:])}"
         raise RuntimeError(msg)
-    figures.update({name: float(value) for name, value in found.items()})
+    figures.update(found)
 
 
 def _data(folders: Sequence[Path]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _HOSTS = frozenset({"anomalib.models", "anomalib.data"})
+_WATCHED = _HOSTS | {"anomalib.cli.cli"}  # which few programs import
 _PACKAGES = frozenset({"anomalib", "anomalib_mvfa"})
 
 _finding: "set[str]" = set()  # names under search; another hook that searches the other finders must not get us again
@@ -30,7 +31,7 @@ def install() -> None:
     if os.environ.get("ANOMALIB_MVFA_PLUGIN") == "0" or _FINDER in sys.meta_path:
         return
     sys.meta_path.insert(0, _FINDER)
-    _pending.extend(sys.modules[name] for name in _HOSTS if name in sys.modules)
+    _pending.extend(sys.modules[name] for name in _WATCHED if name in sys.modules)
     _attach_pending()
 
 
@@ -56,7 +57,7 @@ class _Finder:
             _finding.discard(name)
         # Not every module: our frame in the stack draws warnings to us that are meant for the importing module.
         starts_a_chain = not _executing and not sys.modules.keys() >= _HOSTS
-        if spec and (name in _HOSTS or starts_a_chain) and hasattr(spec.loader, "exec_module"):
+        if spec and (name in _WATCHED or starts_a_chain) and hasattr(spec.loader, "exec_module"):
             spec.loader = _Loader(spec.loader)  # type: ignore[arg-type, assignment]
         return spec
 
@@ -76,7 +77,7 @@ class _Loader:
         _executing.append(name)
         try:
             self._loader.exec_module(module)
-            if name in _HOSTS:
+            if name in _WATCHED:
                 _pending.append(module)
         finally:
             _executing.remove(name)

@@ -176,7 +176,7 @@ CASES = {
     "mvfa_paper_losses": Case(check_mvfa_paper_losses, SHORT),
     "mvfa_paper_losses_leave_one_out": Case(check_mvfa_paper_losses_leave_one_out, SHORT),
     "mvtec": Case(check_mvtec, SHORT),
-    "own_data": Case(check_own_data, SHORT),
+    "own_data": Case(check_own_data, {**SHORT, "data.group_by": r"/(p\d+)_[^/]*$"}),
     "scans": Case(check_scans, SHORT),
     "published_adapters": Case(check_published_adapters, TINY_CLIP),
 }

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from anomalib_mvfa import load_adapters
+from anomalib_mvfa import FewShotFolder, load_adapters
 from anomalib_mvfa.compare.config import Comparison
 from anomalib_mvfa.compare.job import jobs_of
 from anomalib_mvfa.compare.results import read_result
@@ -101,6 +101,7 @@ def whole(tmp_path_factory):
     torch.save(state, folder / "old.pt", _use_new_zipfile_serialization=False)
     save_file(state, folder / "a.safetensors")
     torch.save(adapter_weights(TINY), folder / "adapters.pth")
+    (folder / "own.csv").write_text("image,label,mask,group\n" + "".join(f"{name},normal,,p1\n" for name in IMAGES))
     (folder / "2-shot.txt").write_text("n-0: 004.png 001.png\na-0: 000.png 005.png\n")
     return folder
 
@@ -110,10 +111,18 @@ def shown(path):
     return to_8_bit(read_scan(path), check_window([0, 1000]), path)
 
 
+def listed(path):
+    """Return the labels in a table of own images."""
+    data = FewShotFolder(table=path)
+    data.source.setup()
+    return data.source.test_data.samples.label_index
+
+
 READERS = {
     **dict.fromkeys(IMAGES, (read_image, lambda image: image.mode == "RGB")),
     **dict.fromkeys(SCANS, (shown, lambda slices: all(one.mode in {"L", "RGB"} for one in slices))),
     **dict.fromkeys(WEIGHTS, (read_state, lambda state: all(map(torch.is_tensor, state.values())))),
+    "own.csv": (listed, lambda labels: set(labels) <= {0, 1}),
     "2-shot.txt": (lambda path: read_support_list(path, "Brain", 2), lambda names: len(names) == 2),
 }
 """Files of each kind, what reads them, and whether a result is one of its kind."""

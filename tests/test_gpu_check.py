@@ -103,6 +103,18 @@ def test_failed_and_skipped_tests_are_no_success(modules, tmp_path, monkeypatch,
         gpu_check.run_tests(options, {})
 
 
+def test_figures_that_are_not_numbers_are_no_success(modules, tmp_path, monkeypatch):
+    def write(*_):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "metrics.csv").write_text("image_AUROC,pixel_AUROC\n0.9,nan\n")
+        return "", 0
+
+    monkeypatch.setattr(modules[0], "_run", write)
+    options = argparse.Namespace(device="cpu", tiny=True, output=tmp_path)
+    with pytest.raises(RuntimeError, match=r"exit code 0, figures .*nan"):
+        modules[0].run_few_shot(options, {})
+
+
 def test_goals_are_judged_on_a_gpu_alone(modules):
     from goals import judged
 

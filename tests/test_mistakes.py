@@ -220,6 +220,7 @@ def test_validation_of_one_kind_takes_thresholds_from_the_support(root, run, kin
     with caplog.at_level(logging.INFO, "anomalib.mvfa"):
         assert 0 <= run(few_shot(root))["image_F1Score"] <= 1
     assert "Thresholds come from the 2 support images: validation did not show both labels." in caplog.text
+    assert caplog.text.count("are optimistic: the adapters have learnt from these very images") == 1
 
 
 def test_validation_of_no_image_works(root, run, caplog):

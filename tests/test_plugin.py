@@ -178,6 +178,7 @@ assert once == (vars(anomalib.models), vars(anomalib.data), anomalib.models.ALLO
         "import anomalib.data",
         "from anomalib.models.image.padim import Padim",
         "from anomalib_mvfa import Mvfa",
+        "from anomalib.cli.cli import main",
         by_hand,
     ]
     printed = python(
@@ -212,6 +213,8 @@ assert once == (vars(anomalib.models), vars(anomalib.data), anomalib.models.ALLO
                 for snake, name in model_names.items():
                     assert getattr(models, name) is getattr(anomalib_mvfa, name) and snake in models.list_models()
                 assert "anomalib_mvfa" in models.ALLOWED_MODULES
+                from anomalib.cli import cli
+                assert cli.AnomalibCLI.__name__ == "CheckpointCli"
                 print(number, flush=True)
             except BaseException as error:
                 print(first, repr(error), flush=True)

@@ -16,6 +16,7 @@ from .data import BMADLeaveOneOut as BMADLeaveOneOut
 from .data import BMADOneClass as BMADOneClass
 from .data import BrainPhantom as BrainPhantom
 from .data import FewShot as FewShot
+from .data import FewShotFolder as FewShotFolder
 from .data import FullNormal as FullNormal
 from .data import LeaveOneOut as LeaveOneOut
 from .data import Phantom as Phantom
@@ -28,6 +29,7 @@ from .model.torch_model import MvfaModel as MvfaModel
 from .model.weights import load_adapters as load_adapters
 from .model.weights import save_adapters as save_adapters
 from .plugin import register as register
+from .results import SaveMaps as SaveMaps
 
 MODULES: dict[str, str]
 __version__: str

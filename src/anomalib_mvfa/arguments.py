@@ -2,10 +2,12 @@
 
 import inspect
 import os
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from numbers import Integral
+from pathlib import Path
 from typing import Any, TypeVar
 
 
@@ -21,8 +23,9 @@ class Argument:
 
 ARGUMENTS = {
     "backbone": Argument(
-        "Name of an open_clip model with a plain vision transformer, or path of a model config in open_clip's JSON "
-        "form. The environment variable ``ANOMALIB_MVFA_BACKBONE`` sets the default."
+        "Name of an open_clip model with a plain vision transformer, ``timm/`` and the name of one of timm, or path of "
+        "a model config in the JSON form of either. The environment variable ``ANOMALIB_MVFA_BACKBONE`` sets the "
+        "default."
     ),
     "pretrained": Argument(
         "Tag of open_clip, path of a weight file (.pt, .safetensors, or OpenAI's own archive), or None for seeded "
@@ -39,7 +42,9 @@ ARGUMENTS = {
         "Use QuickGELU, with which OpenAI's weights were trained, in place of GELU in both towers, as the "
         "backbones called ...-quickgelu always do. MVFA's published code does not."
     ),
-    "normalize": Argument("Whether images are normalised by CLIP's mean and standard deviation."),
+    "normalize": Argument(
+        "Whether images are normalised by CLIP's mean and standard deviation; for networks of timm, they always are."
+    ),
     "image_score": Argument(choices=("map_max", "det_mean", "det_max")),
     "zero_shot_weight": Argument("Weight of the text branch in scores.", low=0),
     "few_shot_weight": Argument(
@@ -74,6 +79,11 @@ ARGUMENTS = {
         '"logits" (published) or "probabilities" (paper) are upsampled to maps.', choices=("logits", "probabilities")
     ),
     "seed": Argument("Seed of initial weights and of all random choices."),
+    "threshold": Argument(
+        'Image score above which an image is abnormal: "best_f1"; "sensitivity=0.95" or "specificity=0.9", at least '
+        "that on the validation or support images; or a number in the scale of ``scores.csv``. By default what the "
+        "checkpoint has, and best_f1 in a fit."
+    ),
     "top_share": Argument(low=0, high=1),
     "boundary_share": Argument(low=0, high=0.5),
     **dict.fromkeys(("references", "coupling_blocks", "fiber_batch_size"), Argument(low=1)),
@@ -83,6 +93,9 @@ ARGUMENTS = {
         Argument("Anomalib's component, or whether to use the default one."),
     ),
 }
+
+FILES = {"backbone", "pretrained", "pre_trained", "adapters"}
+"""Arguments that may be paths of files."""
 
 
 def check_arguments(values: Mapping[str, Any]) -> None:
@@ -145,6 +158,25 @@ def plain(value: Any) -> Any:  # noqa: ANN401  # whatever an argument may be
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, os.PathLike) else value
+
+
+def storable(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments as checkpoints keep them: in plain types, and files by paths that hold in any folder."""
+    stored = {name: plain(value) for name, value in arguments.items()}
+    for name in FILES & stored.keys():
+        path = Path(str(stored[name])).expanduser()
+        if path.is_file() and (name != "backbone" or path.suffix == ".json"):
+            stored[name] = str(path.absolute())
+    return stored
+
+
+def differences(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, str]:
+    """Return by name what is said of arguments that differ from those of a checkpoint; long values are shortened."""
+    return {
+        name: f"{name}={reprlib.repr(value)} (checkpoint: {reprlib.repr(saved[name])})"
+        for name, value in given.items()
+        if name in saved and saved[name] != value
+    }
 
 
 def optional_text(value: str | os.PathLike | None) -> str | None:

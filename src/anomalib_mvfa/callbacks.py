@@ -1,4 +1,4 @@
-"""Callbacks that every model adds to anomalib's: finite numbers, how a run ends, and where checkpoints come from."""
+"""Callbacks that every model adds to anomalib's: finite numbers, ends of runs, origins of checkpoints, and results."""
 
 import logging
 import signal
@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from .contract import dataset_of
 from .io import commit, dataset_digest, versions
+from .results import Results
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -126,6 +127,7 @@ class Provenance(Callback):
 
 
 def default_callbacks(callbacks: Sequence[Callback] | Callback) -> list[Callback]:
-    """Return a model's callbacks, and those of this module."""
+    """Return a model's callbacks, those of this module, and what writes results."""
     theirs = callbacks if isinstance(callbacks, Sequence) else [callbacks]
-    return [FiniteNumbers(), *theirs, RunEnd(), Provenance()]  # the first before metrics and thresholds take a number
+    # The first before metrics and thresholds take a number, the last once scores have met the thresholds.
+    return [FiniteNumbers(), *theirs, RunEnd(), Provenance(), Results()]

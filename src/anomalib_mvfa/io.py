@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from pandas import DataFrame
 
 PACKAGES = ("anomalib-mvfa", "anomalib", "torch", "torchvision", "lightning", "open_clip_torch", "timm")
 """Packages that results depend on."""
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 """What the system says where a file cannot be written."""
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What a cell begins with that spreadsheets take for a formula."""
 
 
 @contextmanager
@@ -57,6 +60,13 @@ def save_atomically(content: Any, path: Path) -> None:  # noqa: ANN401  # whatev
 
     with atomic_write(path) as partial, partial.open("wb") as file:  # given a name, torch does not say why it failed
         torch.save(content, file)
+
+
+def to_csv(table: "DataFrame") -> str:
+    """Return a table as CSV, whose cells of text spreadsheets take for no formula."""
+    texts = table.select_dtypes(exclude=["number", "bool"])
+    safe = texts.map(lambda cell: f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell)
+    return table.assign(**safe).to_csv(index=False, lineterminator="\n")
 
 
 def dataset_digest(dataset: Any) -> str | None:  # noqa: ANN401  # any dataset of anomalib items

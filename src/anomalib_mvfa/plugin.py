@@ -13,7 +13,8 @@ from typing import Any
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
-HOSTS = {"anomalib.models": (".baselines.", ".model.lightning_model"), "anomalib.data": (".data",)}
+CLI_HOST = "anomalib.cli.cli"
+HOSTS = {"anomalib.models": (".baselines.", ".model.lightning_model"), "anomalib.data": (".data",), CLI_HOST: ()}
 """Modules of anomalib, and ours whose public classes get short names there."""
 
 
@@ -28,7 +29,13 @@ def register() -> None:
 
 
 def attach(host: ModuleType) -> None:
-    """Attach our names to ``anomalib.models`` or ``anomalib.data``; names that it already has are left alone."""
+    """Attach our names to ``anomalib.models`` or ``anomalib.data``; names that it already has are left alone.
+
+    The command line in ``anomalib.cli.cli`` becomes ours, which derives from it.
+    """
+    if host.__name__ == CLI_HOST:
+        host.AnomalibCLI = import_module(".command_line", __package__).CheckpointCli  # type: ignore[attr-defined]
+        return
     package = import_module("anomalib_mvfa")
     for name, module in package.MODULES.items():
         if not module.startswith(HOSTS[host.__name__]):
@@ -58,11 +65,12 @@ def main() -> int | None:
     register()
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
         return import_module(".compare.cli", __package__).main(sys.argv[1], sys.argv[2:])
-    from anomalib.cli.cli import AnomalibCLI
     from anomalib.loggers import configure_logger
     from jsonargparse import ArgumentParser
 
-    class Cli(AnomalibCLI):
+    from .command_line import CheckpointCli
+
+    class Cli(CheckpointCli):
         """Anomalib's command line, whose help lists our commands too."""
 
         def _set_install_subcommand(self, action_subcommand: Any) -> None:  # noqa: ANN401  # jsonargparse's own class

@@ -1,6 +1,7 @@
 """What every model of ours keeps to, in anomalib's engine: fit, test, checkpoints, exports, half precision, help."""
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -8,11 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
 import yaml
 from anomalib import LearningType
+from anomalib.cli.cli import AnomalibCLI
 from anomalib.engine import Engine
 from anomalib.models.components import AnomalibModule
 from torchvision.models import get_model_weights
@@ -88,6 +91,39 @@ def test_a_checkpoint_gives_the_same_figures_and_scores(fitted, few_shot, engine
     torch.testing.assert_close(scores(loaded, image).anomaly_map, scores(fitted.model, image).anomaly_map)
 
 
+def test_a_checkpoint_is_enough_on_the_command_line(fitted, categories, engine, tmp_path, monkeypatch):
+    if type(fitted.model) is WinClipBaseline:
+        pytest.skip("it is not trained, so the command line saves no checkpoint")
+    monkeypatch.chdir(tmp_path)
+    film = str(categories / "Brain" / "test" / "Ungood" / "img" / "000.png")
+    options = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--model.visualizer=false", f"--data={film}"]
+    start = ["predict", f"--model={type(fitted.model).__name__}", f"--ckpt_path={fitted.checkpoint}"]
+    cli = AnomalibCLI([*start, *options], run=False)
+    assert dict(cli.model.hparams) == dict(fitted.model.hparams)
+    (found,) = cli.predict(**cli._prepare_subcommand_kwargs("predict"))
+    loaded = type(fitted.model).load_from_checkpoint(fitted.checkpoint, visualizer=False)
+    (expected,) = engine().predict(loaded, data_path=film)
+    torch.testing.assert_close(found.pred_score, expected.pred_score)
+
+
+def test_a_test_leaves_its_numbers(fitted):
+    folder, data = Path(fitted.engine.trainer.default_root_dir), fitted.engine.trainer.datamodule
+    written = json.loads((folder / "metrics.json").read_text())
+    assert fitted.figures.items() <= written["metrics"].items()
+    assert written["images"] == {"normal": 4, "abnormal": 4}
+    table = pd.read_csv(folder / "scores.csv").set_index("image")
+    assert len(table) == len(data.test_data)
+    for batch in data.test_dataloader():
+        image = fitted.model.pre_processor.transform(batch.image)
+        rows = table.loc[batch.image_path]
+        with torch.no_grad():
+            own, decided = fitted.model.model.eval()(image).pred_score.flatten(), scores(fitted.model, batch.image)
+        np.testing.assert_allclose(rows.score, own, rtol=1e-4)
+        assert list(rows.decision == "abnormal") == decided.pred_label.flatten().tolist()
+        assert list(rows.label == "abnormal") == batch.gt_label.tolist()
+        assert list(rows.decision == "abnormal") == list(rows.score > rows.threshold)
+
+
 def test_checkpoints_hold_plain_types_and_no_frozen_clip(fitted):
     saved = torch.load(fitted.checkpoint, weights_only=True)
     yaml.safe_dump(dict(saved["hyper_parameters"]))  # refuses all others, subclasses too
@@ -113,12 +149,13 @@ def test_exports_give_the_same_scores_and_hold_no_images(fitted, few_shot, tmp_p
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
     path = runner.export(model, "torch", export_root=tmp_path)
     loaded = torch.load(path, weights_only=False)["model"]
-    assert not any(parameter.requires_grad for parameter in loaded.parameters()) or type(model) is WinClipBaseline
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert learning == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     torch.testing.assert_close(scores(loaded, image).anomaly_map, expected.anomaly_map)
     source = few_shot()
     source.setup()
     content = path.read_bytes()
+    assert len(content) < 5e6 + sum(weights.nbytes for weights in model.state_dict().values())  # metrics take 100 MB
     for row in range(len(source.support.samples)):
         view = source.support[row].image
         for pixels in (view, model.pre_processor.transform(view)):
@@ -196,6 +233,8 @@ def test_every_argument_is_documented(kind):
         (AprilGan, {"learning_rate": -1.0}, r"learning_rate=-1\.0 must be at least 0\."),
         (Clip, {"bank_images": 0}, r"bank_images=0 must be at least 1\."),
         (MedClip, {"calibration": "train"}, "support, none, test"),
+        (WinClipBaseline, {"threshold": "f1"}, r"threshold='f1' is unknown; choose best_f1"),
+        (Dra, {"threshold": "sensitivity=95"}, r"threshold='sensitivity=95' is unknown"),
         (WinClipBaseline, {"k_shot": -1}, r"k_shot=-1 must be at least 0\."),
         (Mkd, {"backbone": "resnet18"}, r"backbone='resnet18' is unknown; choose one of: vgg11, vgg13, vgg16, vgg19"),
         (Mkd, {"image_size": 31}, r"image_size=31 must be at least 32"),
@@ -289,6 +328,12 @@ def test_two_processes_equal_one(tiny_config, categories, tmp_path, two_processe
     )
     for name, (figures, state) in one.items():
         assert first[name][0] == pytest.approx(figures, abs=1e-5, nan_ok=True), name
+        tables = [[*Path(tmp_path, f"one-{name}-None").rglob("scores.csv")]]
+        tables += [[*Path(f"{two_processes}-{name}-{rank}").rglob("scores.csv")] for rank in (0, 1)]
+        (alone,), (together,), none = tables  # every image once, by the first process
+        assert none == []
+        tables = [pd.read_csv(table).drop(columns="image") for table in (together, alone)]
+        pd.testing.assert_frame_equal(*tables, atol=1e-4)
         for key, value in state.items():
             here, there = first[name][1][key], second[name][1][key]
             assert torch.equal(here.nan_to_num(), there.nan_to_num()), (name, key)

@@ -18,7 +18,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 
 from anomalib_mvfa.compare import execute as module
 from anomalib_mvfa.compare.execute import execute
-from anomalib_mvfa.compare.job import digest_of, identify, jobs_of
+from anomalib_mvfa.compare.job import identify, jobs_of
 from anomalib_mvfa.compare.recorders import SIDE, ScoreRecorder
 from anomalib_mvfa.compare.results import read_arrays, read_result, read_results
 
@@ -75,7 +75,7 @@ def test_a_result_says_where_it_comes_from(finished, comparison):
         2,
         0,
     )
-    assert result.digest == digest_of(identify(jobs_of(comparison()))[result.job])
+    assert result.digest == identify(jobs_of(comparison()))[result.job]
     assert result.images == {"train": 44, "validate": 4, "test": 6}
     assert (result.random_weights, result.weights, result.epochs, result.selected_epoch) == (True, "random", 1, None)
     assert result.seconds["job"] > result.seconds["fit"] > result.seconds["image"] > 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageOps
 
-from anomalib_mvfa.compare.job import digest_of, finished_result, identify, jobs_of
+from anomalib_mvfa.compare.job import finished_result, identify, jobs_of
 from anomalib_mvfa.compare.results import writing
 from anomalib_mvfa.data import FewShot, FullNormal, LeaveOneOut
 from recipe import write_support_list
@@ -147,7 +147,7 @@ class Desk:
         method = {"protocol": "few_shot", "model": model, "data": self.method, "trainer": self.trainer}
         data = {"class_path": "BMADOneClass", "init_args": self.source}
         jobs = jobs_of(self.make(methods={"A": method}, data=data, categories=["Brain"], **self.plan))
-        return digest_of(identify(jobs)[jobs[0].folder])
+        return identify(jobs)[jobs[0].folder]
 
     def image(self, part: str) -> Path:
         return sorted((self.data / "Brain").glob(part))[0]
@@ -232,7 +232,7 @@ def test_weights_seed_and_protocol_count_where_the_model_has_no_argument_for_the
         method = {"protocol": protocol, "model": {"class_path": "Patchcore"}}
         support = {"support_list": str(tmp_path), "categories": ["Brain"]}
         plan = comparison(methods={"A": method}, weights={"A": str(weights)}, seeds=[seed], **support)
-        return digest_of(identify(jobs_of(plan))[jobs_of(plan)[0].folder])
+        return identify(jobs_of(plan))[jobs_of(plan)[0].folder]
 
     before = digest()
     assert digest() == before != digest(seed=1)
@@ -244,7 +244,7 @@ def test_weights_seed_and_protocol_count_where_the_model_has_no_argument_for_the
 def test_arguments_of_the_data_count_such_as_the_window_of_scans(comparison):
     jobs = jobs_of(comparison(categories=["Brain"]))
     expected = [{"class_path": "BMADOneClass", "init_args": {"category": "Brain"}}]  # neither root nor workers
-    assert all(depends_on["sources"] == expected for depends_on in identify(jobs).values())
+    assert all(job.depends_on({})["sources"] == expected for job in jobs)
 
 
 OWN = """
@@ -262,7 +262,7 @@ def test_the_source_of_a_model_of_ones_own_counts(comparison, tmp_path, monkeypa
     for text in (OWN, OWN, f"{OWN}# changed"):
         (tmp_path / "own_digest.py").write_text(text)
         jobs = jobs_of(comparison(methods=own, categories=["Brain"]))
-        digests.append(digest_of(identify(jobs)[jobs[0].folder]))
+        digests.append(identify(jobs)[jobs[0].folder])
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -272,7 +272,7 @@ def test_leave_one_out_depends_on_the_other_categories(comparison, two_categorie
     plan = comparison(methods=methods("leave_one_out", "few_shot"), data=data)
 
     def digests():
-        return {name: digest_of(depends_on) for name, depends_on in identify(jobs_of(plan)).items()}
+        return identify(jobs_of(plan))
 
     before = digests()
     for path in (tmp_path / "data" / "Chest").rglob("*.png"):

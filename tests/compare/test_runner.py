@@ -15,7 +15,7 @@ from filelock import FileLock
 from anomalib_mvfa import BMADOneClass
 from anomalib_mvfa.compare import cli, runner
 from anomalib_mvfa.compare.execute import execute, write_failure
-from anomalib_mvfa.compare.job import digest_of, identify, jobs_of
+from anomalib_mvfa.compare.job import identify, jobs_of
 from anomalib_mvfa.compare.results import read_result, read_results
 
 ENDLESS = """
@@ -34,11 +34,11 @@ def scripted(monkeypatch, tmp_path):
     """Return a function that has jobs run a script in place of training, before they leave an empty result."""
 
     def script(plan, text):
-        depends = identify(jobs_of(plan))
+        digests = identify(jobs_of(plan))
         (tmp_path / "go").mkdir(exist_ok=True)
 
         def command(job, run, *options):
-            result = job.result(digest=digest_of(depends[job.folder]), seconds={"job": 1.0})
+            result = job.result(digest=digests[job.folder], seconds={"job": 1.0})
             content = json.dumps(vars(result))
             write = (
                 f"f = os.path.join(RUN, 'jobs', JOB); os.makedirs(f)\nopen(f + '/result.json', 'w').write({content!r})"

@@ -10,7 +10,8 @@ import pytest
 from fake_run import drawn_scores, make_result, write_config, write_job, write_run
 from sklearn.metrics import f1_score, roc_auc_score
 
-from anomalib_mvfa.compare.tables import cells, load, to_csv, to_latex, to_markdown
+from anomalib_mvfa.compare.tables import cells, load, to_latex, to_markdown
+from anomalib_mvfa.io import to_csv
 
 NASTY = ["=1+1|a_b", "R&D 100 % #1", "-x* <b>`y`</b>"]
 

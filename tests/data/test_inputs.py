@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from anomalib.data import AnomalibDataset
+from anomalib.data import AnomalibDataset, PredictDataset
 from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from lightning.pytorch import Callback
@@ -85,10 +85,38 @@ def photo_with_preview(path):
     )
 
 
+def cielab(path):
+    lightness = 255 * (GREY > 99).astype(np.uint8)
+    Image.fromarray(np.stack([lightness, 0 * GREY, 0 * GREY], axis=-1), "LAB").save(path)
+
+
 def link(path):
     target = path.parents[2] / "elsewhere.png"
     Image.fromarray(GREY).save(target)
     path.symlink_to(target)
+
+
+def damaged(where, byte):
+    """Return a writer of a PNG with one byte changed, counted from an end."""
+
+    def write(path):
+        picture(GREY)(path)
+        data = bytearray(path.read_bytes())
+        data[where] ^= byte
+        path.write_bytes(data)
+
+    return write
+
+
+def with_tail(path):
+    picture(GREY)(path)
+    path.write_bytes(path.read_bytes() + b"written behind the picture")
+
+
+def see_through_palette(path):
+    image = Image.fromarray(GREY // 4, "P")
+    image.putpalette([part for value in range(64) for part in (4 * value, 2 * value, 0)])
+    image.save(path, transparency=0)
 
 
 TABLE = {
@@ -118,6 +146,32 @@ TABLE = {
     "name of no text": Row(picture(GREY), RGB_OF_GREY, os.fsdecode(b"\xff\xfe.png")),
     "name of two lines": Row(picture(GREY), RGB_OF_GREY, "a\nb.png"),
     "name in Chinese": Row(picture(GREY), RGB_OF_GREY, "肝.png"),
+    "progressive JPEG": Row(picture(GREY, progressive=True, quality=100), RGB_OF_GREY, "odd.jpg", tolerance=2),
+    "grey BMP": Row(picture(GREY), RGB_OF_GREY, "odd.bmp"),
+    "colour BMP": Row(picture(RED), RED, "odd.bmp"),
+    "one-bit BMP": Row(picture(GREY > 99), 255 * (RGB_OF_GREY > 99), "odd.bmp"),
+    "WebP by another name": Row(picture(RED, "RGBA", format="WEBP", lossless=True), RED),
+    "TIFF packed by LZW": Row(picture(RED, compression="tiff_lzw"), RED, "odd.tif"),
+    "TIFF packed by JPEG": Row(picture(RGB_OF_GREY, compression="jpeg", quality=100), RGB_OF_GREY, "odd.tif", 3),
+    "fax TIFF": Row(picture(GREY > 99, compression="group4"), 255 * (RGB_OF_GREY > 99), "odd.tiff"),
+    "CIELAB TIFF": Row(cielab, 255 * (RGB_OF_GREY > 99), "odd.tif", tolerance=1),
+    "YCbCr TIFF": Row(picture(RGB_OF_GREY, "YCbCr"), RGB_OF_GREY, "odd.tif", tolerance=1),
+    "palette with a see-through colour": Row(see_through_palette, RED),
+    "EXIF of a PNG, unknown turn": Row(turned(9, RED), RED),
+    "EXIF of a TIFF": Row(turned(3, RED[::-1, ::-1]), RED, "odd.tif"),
+    "portrait of 3 to 1": Row(picture(np.repeat(GREY, 3, axis=0)), np.repeat(RGB_OF_GREY, 3, axis=0)),
+    "a line of pixels": Row(picture(GREY[:1]), RGB_OF_GREY[:1]),
+    "text behind the picture": Row(with_tail, RGB_OF_GREY),
+    "space in the name": Row(picture(GREY), RGB_OF_GREY, "scan 1 (copy).png"),
+    "percent and hash in the name": Row(picture(GREY), RGB_OF_GREY, "50%25 #1.png"),
+    "float TIFF": Row(picture(GREY.astype(np.float32) / 255), HIGH_BIT_DEPTH, "odd.tif"),
+    "16-bit big-endian TIFF": Row(lambda p: Image.fromarray(GREY.astype(">u2") * 100).save(p), HIGH_BIT_DEPTH, "o.tif"),
+    "wrong sum of pixels": Row(damaged(-20, 1), BROKEN),
+    "wrong head": Row(damaged(20, 1), BROKEN),
+    "HTML in place of a picture": Row(content(b"<!DOCTYPE html><html>404</html>"), BROKEN, "odd.jpg"),
+    "pointer of Git LFS": Row(content(b"version https://git-lfs.github.com/spec/v1\n"), BROKEN),
+    "DICOM by another name": Row(content(bytes(128) + b"DICM" + bytes(64)), BROKEN),
+    "only zeros": Row(content(bytes(4096)), BROKEN, "odd.bmp"),
     "16-bit grey PNG": Row(picture(GREY.astype(np.uint16) * 100), HIGH_BIT_DEPTH),
     "16-bit grey TIFF": Row(picture(GREY.astype(np.uint16) * 100), HIGH_BIT_DEPTH, "odd.tif"),
     "32-bit TIFF": Row(picture(GREY.astype(np.int32)), HIGH_BIT_DEPTH, "odd.tif"),
@@ -180,65 +234,101 @@ def model(tiny_config):
 
 
 class Kept(Callback):
-    """Keeps the maps of a test."""
+    """Keeps the map (H, W) of every image, by its path."""
 
     def on_test_batch_end(self, trainer, pl_module, outputs, *args):
-        self.maps = outputs.anomaly_map
+        self.maps.update(zip(outputs.image_path, outputs.anomaly_map, strict=True))
+
+    on_predict_batch_end = on_test_batch_end
+
+
+def samples_of(paths):
+    samples = pd.DataFrame({"image_path": [*map(str, paths)], "mask_path": "", "label_index": 0, "split": "test"})
+    samples.attrs["task"] = "segmentation"
+    return samples
 
 
 @pytest.fixture(scope="module")
 def ways(model, tmp_path_factory):
-    """Return functions from the path of a file, alone in its folder, to its map (H, W): every way there is."""
+    """Return every way to score a file, as a function from the name of a row to its map and that of its right pixels.
+
+    A run scores all the files that can be read; the data sets of these runs read the others.
+    """
     root = tmp_path_factory.mktemp("ways")
+    files = {name: root / "files" / f"{at} {row.name}" for at, (name, row) in enumerate(TABLE.items())}
+    plain = {name: root / "files" / f"{at}.png" for at, name in enumerate(TABLE)}
+    fine = [name for name, row in TABLE.items() if not isinstance(row.expected, str)]
+    (root / "files").mkdir()
+    for name in fine:
+        TABLE[name].write(files[name])
+        Image.fromarray(TABLE[name].expected.astype(np.uint8)).save(plain[name])
     kept = Kept()
     quiet = {"enable_progress_bar": False, "logger": False, "accelerator": "cpu", "devices": 1}
     engine = Engine(default_root_dir=root, callbacks=[kept], **quiet)
 
-    def test(path, form=SampleDataset):
-        samples = pd.DataFrame({"image_path": [str(path)], "mask_path": "", "label_index": 0, "split": "test"})
-        samples.attrs["task"] = "segmentation"
-        dataset = SampleDataset(samples) if form is SampleDataset else form()
-        dataset.samples, dataset.augmentations = samples, model.pre_processor.transform
-        engine.test(model, DataLoader(dataset, collate_fn=dataset.collate_fn), verbose=False)
-        return kept.maps[0]
+    def by_run(dataset, show, run):
+        kept.maps = maps = {}
+        run(dataset)
 
-    def predict(path):
-        (batch,) = engine.predict(model, data_path=path.parent)
-        return batch.anomaly_map[0]
+        def way(name):
+            if name not in fine:
+                show(dataset, [files[name]])
+                next(iter(DataLoader(dataset, collate_fn=dataset.collate_fn)))
+            return maps[str(files[name])], maps[str(plain[name])]
 
-    picture(RED)(root / "first.png")
-    predict(root / "first.png")
-    with pytest.MonkeyPatch.context() as patch:
+        return way
+
+    def by_inferencer(inferencer):
+        def way(name):
+            maps = [inferencer.predict(read_image(path)).anomaly_map[0] for path in (files[name], plain[name])]
+            return map(torch.as_tensor, maps)
+
+        return way
+
+    def show_samples(dataset, paths):
+        dataset.samples = samples_of(paths)
+
+    def show_files(dataset, paths):
+        dataset.image_filenames = paths
+
+    def test(dataset):
+        dataset.augmentations = model.pre_processor.transform
+        engine.test(model, DataLoader(dataset, batch_size=8, collate_fn=dataset.collate_fn), verbose=False)
+
+    def predict(dataset):
+        engine.predict(model, DataLoader(dataset, collate_fn=dataset.collate_fn))
+
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("ignore")
         patch.chdir(root)  # OpenVINO's cache
         patch.setenv("TRUST_REMOTE_CODE", "1")
+        samples, theirs = samples_of([paths[name] for paths in (files, plain) for name in fine]), AnomalibDataset()
+        theirs.samples = samples
+        ways = {
+            "test": by_run(SampleDataset(samples), show_samples, test),
+            "test of anomalib's dataset": by_run(theirs, show_samples, test),
+            "predict": by_run(PredictDataset(root / "files"), show_files, predict),
+        }
         torched = TorchInferencer(engine.export(model, ExportType.TORCH, export_root=root), device="cpu")
         openvino = OpenVINOInferencer(
             engine.export(model, ExportType.OPENVINO, export_root=root), config={"INFERENCE_PRECISION_HINT": "f32"}
         )
-        yield {
-            "test": test,
-            "test of anomalib's dataset": lambda path: test(path, AnomalibDataset),
-            "predict": predict,
-            "torch": lambda path: torched.predict(read_image(path)).anomaly_map[0].detach(),
-            "OpenVINO": lambda path: torch.from_numpy(openvino.predict(read_image(path)).anomaly_map[0]),
-        }
+        for name in set(TABLE) - set(fine):
+            TABLE[name].write(files[name])
+        yield {**ways, "torch": by_inferencer(torched), "OpenVINO": by_inferencer(openvino)}
 
 
-@pytest.mark.parametrize("row", TABLE.values(), ids=TABLE)
+@pytest.mark.parametrize("name", TABLE)
 @pytest.mark.filterwarnings("ignore")
-def test_every_way_scores_alike_or_refuses(row, ways, tmp_path):
-    (tmp_path / "films").mkdir()
-    path, plain = tmp_path / "films" / row.name, tmp_path / "plain.png"
-    row.write(path)
-    if isinstance(row.expected, str):
-        for way in ways.values():
-            with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){path.name}|missing file path"):
-                way(path)
-        return
-    Image.fromarray(row.expected.astype(np.uint8)).save(plain)
-    expected = ways["test"](plain)
-    for name, way in ways.items():
-        assert (way(path) - expected).abs().max() < 0.02 + row.tolerance / 255, name
+def test_every_way_scores_alike_or_refuses(name, ways):
+    row = TABLE[name]
+    for kind, way in ways.items():
+        if isinstance(row.expected, str):
+            with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){row.name}|missing file path"):
+                way(name)
+        else:
+            found, expected = way(name)
+            assert (found - expected).abs().max() < 0.02 + row.tolerance / 255, kind
 
 
 def test_names_of_no_text_pass_through_a_whole_run(folder, tiny_config, tmp_path):

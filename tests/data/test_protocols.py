@@ -130,7 +130,11 @@ def test_patients_of_a_source_with_validation_images(patients, contents, caplog)
     assert groups(data.test_data) == {"2", "3"}
     assert not groups(data.support) & (groups(data.val_data) | {"2", "3"})
     assert groups(data.val_data) <= {"0", "1"}
-    assert f"Beside it, {len(data.val_data)} images validate and 8 test." in caplog.text
+    table = [line.split() for line in caplog.text.splitlines()]
+    left = 12 - 2 - len(data.val_data)  # valid's images of the support's patients and of those that are tested
+    (row,) = [row for row in table if row[:1] == ["validation"]]
+    (rest,) = [row for row in table if row[:2] == ["left", "out"]]
+    assert (sum(map(int, row[1:3])), sum(map(int, rest[2:4]))) == (len(data.val_data), left)
 
 
 def test_a_named_support_of_tested_patients_is_refused(patients, tmp_path):
@@ -264,7 +268,7 @@ def test_own_folders_from_mappings_and_from_the_command_line(tmp_path, own_root,
     arguments += ["--data", "FewShot", "--data.source", "Folder", "--data.source.root", str(own_root)]
     arguments += ["--data.source.name", "own", "--data.source.normal_dir", "train", "--data.k_shot", "1"]
     arguments += ["--data.source.abnormal_dir", "abnormal", "--data.source.normal_test_dir", "normal"]
-    arguments += ["--default_root_dir", str(tmp_path)]
+    arguments += ["--data.source.mask_dir", "null", "--default_root_dir", str(tmp_path)]
     data = ready(AnomalibCLI(arguments, run=False).datamodule)
     assert_disjoint(data, contents)
     assert data.task == "classification"

@@ -2,11 +2,12 @@
 
 import sys
 
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_mvfa.data.scan_files import check_window, is_scan, read_scan, stem_of, to_8_bit
+from anomalib_mvfa.data.scan_files import check_window, is_scan, read_scan, stem_of, to_8_bit, write_like_nifti
 from scan_recipe import write_dicom, write_nifti, write_rgb_16_bit
 
 HOUNSFIELD = np.array([[-1024, -150], [0, 50], [250, 3000]], np.int16)
@@ -262,3 +263,20 @@ def test_files_without_preamble_are_read(tmp_path):
     path.write_bytes(b"no picture at all" * 20)
     with pytest.raises(ValueError, match=r"a\.dcm cannot be read as a scan .*neither DICOM's preamble nor"):
         read_scan(path)
+
+
+@pytest.mark.parametrize("signs", [(1, 1, 1), (-1, 1, -1), (-1, -1, 1)])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_slices_are_written_in_the_geometry_of_their_scan(tmp_path, signs, order):
+    """Whatever the axes on disk, here of 2, 3 and 4 voxels of 2, 3 and 4 mm."""
+    affine = np.zeros((4, 4))
+    affine[order, range(3)] = np.multiply(signs, (2, 3, 4))
+    affine[:, 3] = [5, 6, 7, 1]
+    scan = write_nifti(tmp_path / "scan.nii.gz", VOLUME, affine)
+    slices = read_scan(scan).slices.astype(np.float32)
+    assert write_like_nifti(slices, scan, tmp_path / "map.nii.gz")
+    found = nibabel.load(tmp_path / "map.nii.gz")
+    assert np.array_equal(found.affine, affine)
+    assert np.array_equal(found.get_fdata(), VOLUME)
+    assert not write_like_nifti(slices[1:], scan, tmp_path / "part.nii.gz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.nii.gz", "scan.nii.gz"]

@@ -13,8 +13,10 @@ from anomalib.engine import Engine
 from PIL import Image
 from pydicom import dcmread
 
-from anomalib_mvfa import FewShot, Mvfa, PredictScans, Scans
+from anomalib_mvfa import FewShot, Mvfa, PredictScans, SaveMaps, Scans
 from anomalib_mvfa.data import scans
+from anomalib_mvfa.data.scan_files import read_scan
+from anomalib_mvfa.data.scans import origin_of
 from scan_recipe import write_dicom, write_nifti
 
 SIZE = 24
@@ -312,11 +314,20 @@ def test_prediction_has_a_map_and_an_image_for_every_slice(hospital, tmp_path, t
     dataset = PredictScans(hospital / "ill", WINDOW, tmp_path / "out")
     assert len(dataset) == SLICES * ABNORMAL
     model = Mvfa(str(tiny_config), pretrained=None, image_size=56, few_shot_weight=0)
-    engine = Engine(default_root_dir=tmp_path / "run", accelerator="cpu", devices=1, enable_progress_bar=False)
+    quiet = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
+    engine = Engine(default_root_dir=tmp_path / "run", callbacks=[SaveMaps()], **quiet)
     batches = engine.predict(model, dataset=dataset)
     assert sum(len(batch.anomaly_map) for batch in batches) == len(dataset)
     shown = names(next((tmp_path / "run").rglob("images")))
     assert [Path(name).name for name in shown] == [path.name for path in dataset.image_filenames]
+    maps = next((tmp_path / "run").rglob("maps"))
+    assert names(maps) == [f"scans/q{number}.nii.gz" for number in range(ABNORMAL)]
+    whole = torch.from_numpy(read_scan(maps / "scans/q0.nii.gz").slices.copy())
+    expected = torch.cat([batch.anomaly_map for batch in batches])[:SLICES, None]
+    scaled = torch.nn.functional.interpolate(expected, (SIZE, SIZE), mode="bilinear")[:, 0]
+    torch.testing.assert_close(whole, scaled, atol=1e-5, rtol=0)
+    assert origin_of(dataset.image_filenames[-1]) == (hospital / f"ill/q{ABNORMAL - 1}.nii.gz", SLICES - 1)
+    assert origin_of(hospital / "ill/q0.nii.gz") is None
 
 
 def test_files_of_dicom_without_pixels_are_left_out_with_a_warning(tmp_path, caplog):

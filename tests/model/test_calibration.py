@@ -193,7 +193,7 @@ def test_thresholds_are_those_of_the_support(model, views):
     assert not thresholds_are_set(processor)
     image, label = torch.cat([batch.image for batch in views()])[:4], (0, 0, 1, 1)
     items = [SimpleNamespace(image=one, gt_label=of, gt_mask=None) for one, of in zip(image, label, strict=True)]
-    set_thresholds(processor, model, list(zip(scores, items, strict=True)))
+    set_thresholds(processor, list(zip(map(model.fuse, scores), items, strict=True)), "support")
     assert thresholds_are_set(processor)
     found = torch.cat([model.fuse(one).pred_score for one in scores])
     assert processor.image_threshold in found  # best F1 is reached at one of the scores

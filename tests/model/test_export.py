@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from anomalib.data import InferenceBatch
+from anomalib.data import ImageBatch, InferenceBatch
+from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
@@ -12,6 +13,7 @@ from anomalib_mvfa.model.export import (
     AntialiasedPreProcessor,
     OrderKeepingPostProcessor,
     ThresholdScaledPostProcessor,
+    ask_for_threshold,
 )
 from recipe import images
 
@@ -122,6 +124,51 @@ def test_order_keeping_keeps_the_order_of_any_scores():
         if not threshold.isnan():
             assert torch.equal(scores > 0.5, raw > threshold)
     assert OrderKeepingPostProcessor._normalize(None, low, high, threshold) is None
+
+
+@pytest.mark.parametrize("kind", [ThresholdScaledPostProcessor, OrderKeepingPostProcessor])
+def test_a_choice_of_threshold_is_kept_and_can_be_changed_without_images(kind):
+    """What is decided is what the model's own scores say, in batches and in exports alike."""
+    scores, labels = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), torch.tensor([0, 0, 1, 0, 1, 1])
+
+    def decided(processor):
+        batch = ImageBatch(torch.zeros(6, 3, 2, 2), pred_score=scores.clone(), anomaly_map=scores.view(6, 1, 1))
+        processor.post_process_batch(batch)
+        exported = processor(InferenceBatch(pred_score=scores, anomaly_map=scores.view(6, 1, 1)))
+        assert torch.equal(batch.raw_score, scores)
+        assert torch.equal(batch.pred_label, exported.pred_label)
+        assert torch.equal(batch.pred_label, scores > processor.image_threshold)
+        assert torch.equal(batch.pred_mask, exported.pred_mask)
+        return batch.pred_label.tolist(), batch.pred_mask.flatten().tolist()
+
+    def loaded(first, threshold=None):
+        other = kind(threshold)
+        other.load_checkpoint_config(first.checkpoint_config())
+        other.load_state_dict(first.state_dict())
+        return other
+
+    fitted = kind("sensitivity=1")
+    images = torch.zeros(6, 3, 2, 2)
+    batch = ImageBatch(images, gt_label=labels, pred_score=scores, anomaly_map=scores.view(6, 1, 1))
+    fitted.on_validation_batch_end(None, None, batch)
+    fitted.on_validation_epoch_end(None, None)
+    best = loaded(fitted, "best_f1")
+    assert best.image_threshold == pytest.approx(0.3)
+    found, masks = decided(fitted)
+    assert found == [False, False, True, True, True, True]
+    assert decided(loaded(fitted)) == (found, masks)
+    assert decided(loaded(fitted, "specificity=1")) == ([False] * 4 + [True] * 2, masks)
+    assert decided(loaded(loaded(fitted, 0.55))) == ([False] * 5 + [True], masks)
+    fitted.forget()
+    assert fitted.image_threshold == pytest.approx(0.3)
+    assert kind(0.55).image_threshold == pytest.approx(0.55)
+
+
+def test_a_threshold_needs_a_post_processor_that_takes_it():
+    ask_for_threshold(PostProcessor(), None)
+    for processor in (PostProcessor(), None):
+        with pytest.raises(ValueError, match=r"threshold=0\.3 needs the default post-processor"):
+            ask_for_threshold(processor, 0.3)
 
 
 def test_order_keeping_without_a_threshold_has_the_middle_of_the_range_at_one_half():

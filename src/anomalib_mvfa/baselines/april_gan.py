@@ -12,8 +12,7 @@ from anomalib.visualization import Visualizer
 from torch import nn
 
 from ..arguments import DEFAULT_BACKBONE, DEFAULT_PRETRAINED, check_arguments, documented, optional_text
-from ..model.backbone import ClipBackbone
-from ..model.build import check_levels, new_adapters
+from ..model.build import check_levels, load_backbone, new_adapters
 from ..model.lightning_model import AdapterTrainingMixin
 from ..model.losses import MvfaLoss
 from ..model.memory_bank import MemoryBank
@@ -71,6 +70,7 @@ class AprilGan(AdapterTrainingMixin, AnomalibModule):
         max_epochs: int = 50,
         bank_images: int = 16,
         seed: int = 0,
+        threshold: float | str | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -78,8 +78,8 @@ class AprilGan(AdapterTrainingMixin, AnomalibModule):
     ) -> None:
         check_arguments(locals())
         backbone, pretrained = str(backbone), optional_text(pretrained)
-        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
-        clip = ClipBackbone(backbone, pretrained, image_size, quick_gelu)
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer, threshold)
+        clip = load_backbone(backbone, pretrained, image_size, quick_gelu)
         levels = check_levels(levels, clip.depth)
         seg, det = new_adapters(len(levels), clip, "linear", seed)
         model = AprilGanModel(clip, seg, det, PatchBank(), levels, normalize=normalize)

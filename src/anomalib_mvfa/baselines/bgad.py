@@ -156,6 +156,7 @@ class Bgad(TrainedBaseline, AnomalibModule):
         learning_rate: float = 2e-4,
         max_epochs: int = 200,
         seed: int = 0,
+        threshold: float | str | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -165,7 +166,7 @@ class Bgad(TrainedBaseline, AnomalibModule):
         if condition_vector < 4 or condition_vector % 4:
             msg = f"condition_vector={condition_vector} must be a multiple of 4: sine and cosine of two coordinates."
             raise ValueError(msg)
-        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer, threshold)
         self.automatic_optimization = False  # several steps a batch
         with drawn_from(seed):
             features = timm_features(backbone, layers, pre_trained)

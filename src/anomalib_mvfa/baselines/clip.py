@@ -16,8 +16,7 @@ from torch import nn
 
 from ..arguments import DEFAULT_BACKBONE, DEFAULT_PRETRAINED, check_arguments, documented, optional_text
 from ..model.adapters import BranchAdapters
-from ..model.backbone import ClipBackbone
-from ..model.build import check_levels
+from ..model.build import check_levels, load_backbone
 from ..model.fusion import Weights
 from ..model.lightning_hooks import FusionMixin
 from ..model.memory_bank import MemoryBank
@@ -31,7 +30,7 @@ class StreamModel(MvfaModel):
     def tokens(self, image: torch.Tensor, learn_seg: bool = True) -> Tokens:
         """Return the stream of the frozen backbone, per level ``(B, L, D)``, as features of both branches."""
         del learn_seg
-        frozen = self.frozen_tokens(image)
+        frozen = [self.backbone.without_registers(level) for level in self.frozen_tokens(image)]
         return Tokens(frozen, frozen)
 
 
@@ -120,6 +119,7 @@ class Clip(FrozenMixin, AnomalibModule):
         calibration: str = "support",
         bank_images: int = 16,
         seed: int = 0,
+        threshold: float | str | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -127,7 +127,7 @@ class Clip(FrozenMixin, AnomalibModule):
     ) -> None:
         check_arguments(locals())
         backbone, pretrained = str(backbone), optional_text(pretrained)
-        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
-        clip = ClipBackbone(backbone, pretrained, image_size, quick_gelu)
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer, threshold)
+        clip = load_backbone(backbone, pretrained, image_size, quick_gelu)
         model = FrozenModel(clip, MemoryBank(), check_levels(levels, clip.depth), normalize)
         self._init_frozen(model, calibration, seed, bank_images)

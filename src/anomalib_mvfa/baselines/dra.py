@@ -187,6 +187,7 @@ class Dra(TrainedBaseline, AnomalibModule):
         learning_rate: float = 2e-4,
         max_epochs: int = 200,
         seed: int = 0,
+        threshold: float | str | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -194,7 +195,7 @@ class Dra(TrainedBaseline, AnomalibModule):
     ) -> None:
         check_arguments(locals())
         check_bounds("image_size", image_size, MIN_SIZE)
-        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer, threshold)
         with drawn_from(seed):
             self.model = DraModel(timm_features(backbone, [-1], pre_trained, requires_grad=True), top_share)
         self.references = references

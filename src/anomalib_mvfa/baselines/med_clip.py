@@ -25,6 +25,7 @@ from ..arguments import DEFAULT_PRETRAINED, check_arguments, documented, optiona
 from ..model.anomaly_map import to_grid, upsample
 from ..model.build import check_levels
 from ..model.memory_bank import MemoryBank, nearest_distance
+from ..model.network import FrozenNetwork
 from ..model.weights import RANDOM_SEED, State, fingerprint, first_line, load_state, read_state
 from .base import drawn_from
 from .clip import FrozenMixin, FrozenModel
@@ -56,12 +57,10 @@ _SWIN_NAMES = (  # of transformers and of timm, in this order
 )
 
 
-class StageBackbone(nn.Module):
+class StageBackbone(FrozenNetwork):
     """A frozen network of timm with four stages; its arguments and errors are those of :class:`MedClip`."""
 
     network: Any  # of one of timm's classes
-    mean: torch.Tensor
-    std: torch.Tensor
     depth = STAGES
 
     def __init__(self, backbone: str, pretrained: str | None, image_size: int) -> None:
@@ -199,6 +198,7 @@ class MedClip(FrozenMixin, AnomalibModule):
         calibration: str = "support",
         bank_images: int = 16,
         seed: int = 0,
+        threshold: float | str | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -206,7 +206,7 @@ class MedClip(FrozenMixin, AnomalibModule):
     ) -> None:
         check_arguments(locals())
         backbone, pretrained = str(backbone), optional_text(pretrained)
-        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer, threshold)
         tower = StageBackbone(backbone, pretrained, image_size)
         model = FrozenModel(tower, StageBank(), check_levels(levels, STAGES), normalize=True)
         self._init_frozen(model, calibration, seed, bank_images)

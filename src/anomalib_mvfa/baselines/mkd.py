@@ -165,6 +165,7 @@ class Mkd(TrainedBaseline, AnomalibModule):
         value_weight: float = 0.01,
         learning_rate: float = 1e-3,
         max_epochs: int = 201,
+        threshold: float | str | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -173,7 +174,7 @@ class Mkd(TrainedBaseline, AnomalibModule):
         check_arguments(locals())
         check_bounds("image_size", image_size, MIN_SIZE)
         check_choice("backbone", backbone, ["vgg11", "vgg13", "vgg16", "vgg19"])
-        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer, threshold)
         with loading_weights(backbone), drawn_from(RANDOM_SEED):
             teacher = get_model(backbone, weights="IMAGENET1K_V1" if pre_trained is True else None)
         if isinstance(pre_trained, str):

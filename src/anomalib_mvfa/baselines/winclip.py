@@ -27,12 +27,15 @@ from ..contract import DEFAULT_CLASS_NAME, class_name_of_data
 from ..data.support import support_of
 from ..metrics.evaluator import default_evaluator
 from ..model.backbone import ClipBackbone
+from ..model.export import ExportMixin, OrderKeepingPostProcessor, ask_for_threshold
+from ..model.vit_backbone import is_vit
+from ..results import ScoreVisualizer
 
 IMAGE_SIZE = 240  # height and width that anomalib's pre-processor for WinCLIP makes
 
 
 @documented
-class WinClipBaseline(WinClip):
+class WinClipBaseline(ExportMixin, WinClip):
     """WinCLIP (Jeong et al., CVPR 2023): windows of an image, compared with prompts and with normal images.
 
     Prompts, scores and their fusion are anomalib's. Reference images are the datamodule's support, or else normal
@@ -57,6 +60,7 @@ class WinClipBaseline(WinClip):
         scales: Sequence[int] = (2, 3),
         backbone: str = "ViT-B-16-plus-240",
         pretrained: str | None = "laion400m_e31",
+        threshold: float | str | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -67,6 +71,7 @@ class WinClipBaseline(WinClip):
         backbone, pretrained = str(backbone), optional_text(pretrained)
         check_bounds("k_shot", k_shot, 0)
         super(WinClip, self).__init__(pre_processor, post_processor, evaluator, visualizer)  # WinClip's own downloads
+        ask_for_threshold(self.post_processor, threshold)
         self.model = WindowModel(backbone, pretrained, scales)
         self.class_name = class_name
         self.k_shot = k_shot
@@ -78,6 +83,8 @@ class WinClipBaseline(WinClip):
         return default_callbacks(super().configure_callbacks())
 
     configure_evaluator = staticmethod(default_evaluator)
+    configure_post_processor = staticmethod(OrderKeepingPostProcessor)
+    configure_visualizer = staticmethod(ScoreVisualizer)
 
     def _get_class_name(self) -> str:
         return self.class_name or class_name_of_data(getattr(self._trainer, "datamodule", None)) or DEFAULT_CLASS_NAME
@@ -105,6 +112,9 @@ class WindowModel(WinClipModel):
 
     def __init__(self, backbone: str, pretrained: str | None, scales: Sequence[int]) -> None:
         super(WinClipModel, self).__init__()  # WinClipModel's own downloads
+        if is_vit(backbone):
+            msg = f"backbone={backbone!r} has no texts, which WinCLIP compares images with. Give a model of open_clip."
+            raise ValueError(msg)
         self.tower = ClipBackbone(backbone, pretrained, IMAGE_SIZE)
         grid = self.tower.grid
         if not 1 <= min(scales) <= max(scales) <= grid:

@@ -14,7 +14,7 @@ from rich.console import Console
 from ..callbacks import TERMINATED
 from ..plugin import COMMANDS
 from .config import Comparison, Method
-from .job import Job, digest_of, finished_result, identify, jobs_of
+from .job import Job, finished_result, identify, jobs_of
 from .report import report
 from .runner import compare, duration
 
@@ -144,7 +144,7 @@ def _run(comparison: Comparison, output: Path, workers: int | None) -> int:
 def _list(jobs: list[Job], output: Path) -> int:
     """Print the jobs, one per line, and which of them have finished, as far as the data are there."""
     try:
-        digests = {folder: digest_of(depends_on) for folder, depends_on in identify(jobs).items()}
+        digests = identify(jobs)
     except FileNotFoundError as error:
         digests = {}
         sys.stderr.write(f"The data are not there yet, so that finished jobs are not known: {error}\n")

@@ -20,7 +20,9 @@ from typing import Any
 
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.engine import Engine
+from anomalib.models.components import AnomalibModule
 from lightning import seed_everything
+from lightning.pytorch import Callback
 
 from ..callbacks import ADVICE, TERMINATED, FiniteNumbers, is_out_of_memory
 from ..io import commit, device_name, versions
@@ -29,7 +31,7 @@ from ..model.export import OrderKeepingPostProcessor
 from . import recorders
 from .config import Comparison
 from .job import PARTS, Job, digest_of, image_digests, jobs_of
-from .models import build_model
+from .models import Origin, build_model
 from .results import JobResult, writing
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
@@ -77,27 +79,15 @@ def _train_and_test(job: Job, folder: Path, gpu: int | None) -> JobResult:
     start = time.perf_counter()
     datamodule: Any = job.datamodule()
     depends_on = job.depends_on(image_digests(datamodule))
-    seed_everything(job.seed, workers=True, verbose=False)
-    defaults = job.model_defaults(getattr(datamodule, "class_name", None))
-    model, origin = build_model(job.method.model, job.weights, **defaults)
-    model.post_processor = OrderKeepingPostProcessor()
-    model.evaluator = default_evaluator()
-    model.visualizer = None
-
+    model, origin = _model(job, datamodule)
     watch, scores = recorders.Stopwatch(), recorders.ScoreRecorder()
     pictures = recorders.Recorder(recorders.maps_of, recorders.PICTURED)
     features = recorders.Recorder(recorders.features_of, recorders.FEATURED)
     select, epoch = job.comparison.select_epoch_on_test, None
     with TemporaryDirectory() as scratch:
         every_epoch = ModelCheckpoint(scratch, filename="{epoch}", save_top_k=-1)
-        engine = Engine(
-            callbacks=[FiniteNumbers(), watch, scores, pictures, features, *([every_epoch] if select else [])],
-            logger=False,
-            default_root_dir=scratch,
-            accelerator=job.comparison.accelerator,
-            devices=1 if gpu is None else [gpu],
-            **{"enable_progress_bar": False, "enable_model_summary": False, **job.method.trainer},
-        )
+        callbacks = [FiniteNumbers(), watch, scores, pictures, features, *([every_epoch] if select else [])]
+        engine = _engine(job, callbacks, scratch, gpu)
         (tested,) = engine.train(model, datamodule=datamodule)
         trainer: Any = engine.trainer  # Lightning sets some attributes where type checkers do not see them
         epochs = trainer.current_epoch
@@ -139,6 +129,28 @@ def _train_and_test(job: Job, folder: Path, gpu: int | None) -> JobResult:
         commit=commit(),
         versions=versions(),
         date=_now(),
+    )
+
+
+def _model(job: Job, datamodule: Any) -> tuple[AnomalibModule, Origin]:  # noqa: ANN401  # any datamodule
+    """Return the job's model, with the same post-processing and metrics for every method."""
+    seed_everything(job.seed, workers=True, verbose=False)
+    defaults = job.model_defaults(getattr(datamodule, "class_name", None))
+    model, origin = build_model(job.method.model, job.weights, **defaults)
+    model.post_processor = OrderKeepingPostProcessor()
+    model.evaluator = default_evaluator()
+    model.visualizer = None
+    return model, origin
+
+
+def _engine(job: Job, callbacks: list[Callback], folder: str, gpu: int | None) -> Engine:
+    return Engine(
+        callbacks=callbacks,
+        logger=False,
+        default_root_dir=folder,
+        accelerator=job.comparison.accelerator,
+        devices=1 if gpu is None else [gpu],
+        **{"enable_progress_bar": False, "enable_model_summary": False, **job.method.trainer},
     )
 
 

@@ -161,8 +161,8 @@ def jobs_of(comparison: Comparison) -> list[Job]:
     ]
 
 
-def identify(jobs: list[Job]) -> dict[str, dict[str, Any]]:
-    """Return what each job's numbers depend on, by the job's folder; jobs with the same data read them once."""
+def identify(jobs: list[Job]) -> dict[str, str]:
+    """Return the digest of what each job's numbers depend on, by its folder; jobs with the same data read them once."""
     known: dict[str, dict[str, Any]] = {}
     found = {}
     for job in jobs:
@@ -170,7 +170,7 @@ def identify(jobs: list[Job]) -> dict[str, dict[str, Any]]:
         data = json.dumps([protocol, job.method.data, job.category, job.split_shots, job.seed], default=str)
         if data not in known:
             known[data] = image_digests(job.datamodule())
-        found[job.folder] = job.depends_on(known[data])
+        found[job.folder] = digest_of(job.depends_on(known[data]))
     return found
 
 

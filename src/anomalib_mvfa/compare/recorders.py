@@ -7,7 +7,7 @@ Axes: N images, M pictures, S side in pixels, l levels.
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from ..data.reading import read_image, read_mask
-from ..data.support import draw
 from ..metrics.pixel_metrics import count
 from ..model.level_maps import level_maps
 from ..model.torch_model import MvfaModel
+from ..results import Recorder, scores_of
 
 PIXEL_BINS = 1024
 """Number of bin edges for pixel counts; the metric itself uses finer bins. Half of the edges are evenly spaced, and
@@ -35,43 +35,6 @@ PICTURED = {LabelName.NORMAL: 1, LabelName.ABNORMAL: 3}
 """How many normal and abnormal test images the report shows."""
 FEATURED = {LabelName.NORMAL: 50, LabelName.ABNORMAL: 50}
 """How many normal and abnormal test images give features."""
-Look = Callable[[Any, ImageBatch, Sequence[int]], dict[str, Any]]
-
-
-class Recorder(Callback):
-    """Keeps what a function makes of each test batch; of chosen images only where ``counts`` are given.
-
-    Args:
-        look: Function of the torch model, the batch and the rows to look at; returns values by name, one for each row.
-        counts: How many normal and abnormal images to choose, the same ones for every method; all by default.
-
-    Attributes:
-        kept: Values of the last test by name, "paths" of images among them.
-    """
-
-    def __init__(self, look: Look, counts: Mapping[LabelName, int] | None = None) -> None:
-        self._look, self._counts = look, counts
-        self.kept: dict[str, list[Any]] = {}
-
-    def on_test_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401  # Lightning's
-        """Forget earlier tests, and choose images."""
-        del pl_module
-        self.kept, self._chosen = {}, None
-        if self._counts is not None:
-            samples = trainer.datamodule.test_data.samples
-            of_kind = {kind: samples[samples.label_index == kind] for kind in self._counts}
-            self._chosen = {path for kind, n in self._counts.items() for path in draw(of_kind[kind], n, 0).image_path}
-
-    def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: ImageBatch, *args: Any) -> None:  # noqa: ANN401
-        """Look at the images of a batch."""
-        del trainer, outputs, args
-        paths = batch.image_path or []
-        rows = [row for row, path in enumerate(paths) if self._chosen is None or path in self._chosen]
-        if rows:
-            with torch.no_grad():
-                found = self._look(pl_module.model, batch, rows)
-            for name, values in {"paths": [paths[row] for row in rows], **found}.items():
-                self.kept.setdefault(name, []).extend(values)
 
 
 class ScoreRecorder(Recorder):
@@ -88,8 +51,8 @@ class ScoreRecorder(Recorder):
         self._edges = None
 
     def _scores(self, _model: Any, batch: ImageBatch, _rows: Sequence[int]) -> dict[str, Any]:  # noqa: ANN401
-        scores = torch.as_tensor(batch.pred_score).float().flatten().tolist()
-        found: dict[str, Any] = {"labels": torch.as_tensor(batch.gt_label).int().tolist(), "scores": scores}
+        labels = torch.as_tensor(batch.gt_label).int().tolist()
+        found: dict[str, Any] = {"labels": labels, "scores": scores_of(batch)}
         if batch.gt_mask is not None and batch.anomaly_map is not None:
             maps = batch.anomaly_map.float().squeeze(1).flatten(1)
             if self._edges is None:

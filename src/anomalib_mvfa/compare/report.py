@@ -9,7 +9,7 @@ import pandas as pd
 from markupsafe import Markup, escape
 
 from ..arguments import check_bounds
-from ..io import atomic_write
+from ..io import atomic_write, to_csv
 from . import figures, tables
 from .results import job_folder, read_arrays
 
@@ -35,8 +35,8 @@ def report(run: Path, resamples: int = 1000) -> Path:
     outcome = tables.load(run)
     cells = tables.cells(outcome, resamples)
     files = {
-        "scores.csv": tables.to_csv(outcome.images),
-        "results.csv": tables.to_csv(outcome.jobs),
+        "scores.csv": to_csv(outcome.images),
+        "results.csv": to_csv(outcome.jobs),
         "results.md": tables.to_markdown(outcome, cells),
         "results.tex": tables.to_latex(outcome, cells),
         "index.html": render(outcome, cells, resamples),

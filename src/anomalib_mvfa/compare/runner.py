@@ -26,7 +26,7 @@ from ..callbacks import TERMINATED
 from ..io import explain_failed_write
 from .config import Comparison
 from .execute import write_failure
-from .job import Job, build_datamodule, digest_of, finished_result, identify, jobs_of
+from .job import Job, build_datamodule, finished_result, identify, jobs_of
 from .results import JobResult, job_folder, read_result, supersede
 
 GRACE = 10
@@ -62,7 +62,7 @@ def compare(comparison: Comparison, output: Path, workers: int | None = None) ->
     check_bounds("workers", workers, 1)
     for source in comparison.sources().values():
         build_datamodule(source).prepare_data()  # downloads what it can, once for all jobs
-    digests = {folder: digest_of(depends_on) for folder, depends_on in identify(jobs).items()}
+    digests = identify(jobs)
     with _alone_in(output):
         comparison.save(output / "config.yaml")
         results = {name: found for name, digest in digests.items() if (found := finished_result(output, name, digest))}

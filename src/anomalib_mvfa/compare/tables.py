@@ -55,8 +55,6 @@ same seeds and the same test images. Their p-values are adjusted for all compari
 reference, or all pairs if it is just the best."""
 OPTIMISTIC = "The epochs were chosen on the test images, as in the paper: the figures are optimistic."
 JOB = ["method", "protocol", "category", "k_shot", "seed"]
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""What a cell begins with that spreadsheets take for a formula."""
 
 
 @dataclass(frozen=True)
@@ -354,10 +352,3 @@ def to_latex(outcome: Outcome, table: DataFrame) -> str:
         shape = "ll" + "r" * (len(wide.columns) - 2)
         parts += ["", f"% {' '.join(title.split())}", wide.to_latex(index=False, escape=True, column_format=shape)]
     return "\n".join(parts)
-
-
-def to_csv(table: DataFrame) -> str:
-    """Return a table as CSV, whose cells of text spreadsheets take for no formula."""
-    texts = table.select_dtypes(exclude=["number", "bool"])
-    safe = texts.map(lambda cell: f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell)
-    return table.assign(**safe).to_csv(index=False, lineterminator="\n")

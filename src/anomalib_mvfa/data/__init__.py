@@ -2,6 +2,7 @@
 
 from .bmad import BMADFewShot, BMADLeaveOneOut, BMADOneClass
 from .few_shot import FewShot
+from .few_shot_folder import FewShotFolder
 from .full_normal import FullNormal
 from .leave_one_out import LeaveOneOut
 from .phantom import BrainPhantom, Phantom
@@ -13,6 +14,7 @@ __all__ = [
     "BMADOneClass",
     "BrainPhantom",
     "FewShot",
+    "FewShotFolder",
     "FullNormal",
     "LeaveOneOut",
     "Phantom",

@@ -108,9 +108,12 @@ class SplitDataModule(AnomalibDataModule):
         """Return a loader that shows every validation image once, or none when there is no image."""
         return eval_loader(self.val_data, self.eval_batch_size, self.num_workers) if len(self.val_data) else []
 
-    def test_dataloader(self) -> DataLoader:
-        """Return a loader that shows every test image once."""
-        return eval_loader(self.test_data, self.eval_batch_size, self.num_workers)
+    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Return a loader that shows every test image once, or none, as the log then says, when there is no image."""
+        if len(self.test_data):
+            return eval_loader(self.test_data, self.eval_batch_size, self.num_workers)
+        logger.info("There is no test: %s has no image left for it. The model is ready to predict.", self.name)
+        return []
 
 
 def resolve_source(source: Source) -> AnomalibDataModule:
@@ -118,6 +121,7 @@ def resolve_source(source: Source) -> AnomalibDataModule:
     if isinstance(source, Mapping) and "class_path" in source:
         source = get_datamodule(dict(source))
     if isinstance(source, AnomalibDataModule):
+        source = getattr(source, "as_source", source)
         if type(source) is Folder:
             source.__class__ = NamedFolder  # with the same arguments
         return source
@@ -143,7 +147,7 @@ def set_up_source(
     own = None if source.val_split_mode == ValSplitMode.NONE else source.val_data
     tables = [data.samples for data in (source.test_data, own) if data is not None]
     lacking = [path for table in tables for path in table.image_path[lacks_mask(table)]]
-    if lacking and not partial_masks:
+    if lacking and not (partial_masks or getattr(source, "partial_masks", False)):
         msg = (
             f"{len(lacking)} abnormal images of {source.name} have no mask: {lacking[:5]}. Add masks, or set "
             "partial_masks=true: such images then train and score images alone, and no pixel metric counts them."
@@ -157,5 +161,6 @@ def hold_out_validation(
 ) -> tuple[DataFrame, DataFrame]:
     """Split test images of a source into those that stay and, by its ``val_split_ratio``, those that validate."""
     message = "%s has no validation images of its own: %.0f %% of its test images become such, drawn with seed %d."
-    logger.info(message, source.category or source.name, 100 * source.val_split_ratio, seed)
+    if not getattr(source, "undivided", False):  # else they have a table of what goes where
+        logger.info(message, source.category or source.name, 100 * source.val_split_ratio, seed)
     return hold_out(samples, source.val_split_ratio, seed, group_by)

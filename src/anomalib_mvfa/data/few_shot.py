@@ -5,16 +5,17 @@ from pathlib import Path
 
 import pandas as pd
 from anomalib.data.utils import LabelName
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from ..arguments import check_bounds
-from ..contract import FEW_SHOT
+from ..contract import FEW_SHOT, has_label
 from .base import Source, SplitDataModule, hold_out_validation, resolve_source, set_up_source
 from .dataset import SampleDataset, SupportViewDataset, lacks_mask
 from .support import (
     LABELS,
     check_pattern,
     draw,
+    draw_groups,
     duplicates,
     groups_of,
     pick,
@@ -22,6 +23,11 @@ from .support import (
     warn_of_lookalikes,
     without_groups,
 )
+
+SHOWN = 40
+"""Support images that the log names."""
+ARGUMENTS = {"k_shot": LabelName.NORMAL, "abnormal_shots": LabelName.ABNORMAL}
+"""Arguments that say how many images of a label are the support."""
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -35,7 +41,7 @@ class FewShot(SplitDataModule):
 
     Args:
         source: Any anomalib datamodule, or a mapping with its ``class_path`` and ``init_args``.
-        k_shot: Number of normal support images K.
+        k_shot: Number of normal support images K; None for all images that the support may be drawn from.
         abnormal_shots: Number of abnormal support images, K by default; with 0, methods that learn from normal images
             get K of them, without views.
         support_list: File that names the support, or folder with ``<category>/<K>-shot.txt``, in the published form;
@@ -57,23 +63,25 @@ class FewShot(SplitDataModule):
 
     protocol = FEW_SHOT
     needs_train = False
+    needs_test = True
 
     def __init__(
         self,
         source: Source,
-        k_shot: int = 4,
+        k_shot: int | None = 4,
         abnormal_shots: int | None = None,
         support_list: Path | str | None = None,
         group_by: str | None = None,
         train_batch_size: int | None = None,
         **kwargs,  # noqa: ANN003  # the protocols' common arguments
     ) -> None:
-        check_bounds("k_shot", k_shot, 1)
         self.source = resolve_source(source)
         super().__init__(train_batch_size, **kwargs)
         self.sources, self.category = [self.source], self.source.category
         self.k_shot, self.abnormal_shots = k_shot, k_shot if abnormal_shots is None else abnormal_shots
-        check_bounds("abnormal_shots", self.abnormal_shots, 0)
+        for name, low in (("k_shot", 1), ("abnormal_shots", 0)):
+            if (value := getattr(self, name)) is not None:
+                check_bounds(name, value, low)
         self.support_list = support_list
         self.group_by = group_by or getattr(self.source, "group_by", None)
         check_pattern("group_by", self.group_by)
@@ -84,7 +92,8 @@ class FewShot(SplitDataModule):
         own = set_up_source(self.source, self.seed, self.partial_masks, self.needs_train)
         dataset = self.source.test_data if own is None else own
         pool, test = dataset.samples, self.source.test_data.samples
-        support = self._named(pool) if self.support_list else None
+        undivided = getattr(self.source, "undivided", False)
+        support = self._named(pool) if self.support_list else self._drawn_first(pool) if undivided else None
         if own is None:
             rest = pool if support is None else self._without(pool, support)
             test, pool = hold_out_validation(self.source, rest, self.seed, self.group_by)
@@ -98,18 +107,19 @@ class FewShot(SplitDataModule):
             )
             raise ValueError(msg)
         val = self._without(pool, support)
-        if not self.abnormal_shots:  # a list may name abnormal images all the same, which are not learnt from
-            support = support[support.label_index == LabelName.NORMAL]
+        if self.abnormal_shots == 0:  # others are not learnt from, but left out of the test as where they are
+            is_normal = support.label_index == LabelName.NORMAL
+            others, support = support[~is_normal], support[is_normal]
+            val = pd.concat([val, self._without(others, support)]) if undivided else val
         self._check(support, val, test)
 
         as_they_are = SampleDataset.of(dataset, support, self.class_name)
         self.support = SupportViewDataset(as_they_are)
         # Methods that learn from normal images augment by themselves; the views are MVFA's augmentation.
-        self.train_data = self.support if self.abnormal_shots else as_they_are
+        self.train_data = self.support if has_label(as_they_are, LabelName.ABNORMAL) else as_they_are
         self.val_data = SampleDataset.of(dataset, val, self.class_name)
         self.test_data = SampleDataset.of(self.source.test_data, test, self.class_name)
-        name, files = self.category or self.name, ", ".join(Path(path).name for path in support.image_path)
-        logger.info("Support of %s: %s. Beside it, %d images validate and %d test.", name, files, len(val), len(test))
+        self._log(dataset.samples if own is None else pd.concat([dataset.samples, test]), undivided)
 
     def _update_augmentations(self) -> None:
         super()._update_augmentations()
@@ -129,8 +139,9 @@ class FewShot(SplitDataModule):
     def _drawn(self, pool: DataFrame) -> DataFrame:
         """Return the support that the seed draws: normal images, then abnormal ones."""
         chosen = []
-        for argument, label in (("k_shot", LabelName.NORMAL), ("abnormal_shots", LabelName.ABNORMAL)):
-            images, count = pool[pool.label_index == label], getattr(self, argument)
+        for argument, label in ARGUMENTS.items():
+            images = pool[pool.label_index == label]
+            count = len(images) if getattr(self, argument) is None else getattr(self, argument)
             if len(images) < count:
                 grouped = f" in groups of their own (group_by={self.group_by!r})" if self.group_by else ""
                 msg = (
@@ -141,6 +152,37 @@ class FewShot(SplitDataModule):
                 raise ValueError(msg)
             chosen.append(draw(images, count, self.seed))
         return pd.concat(chosen, ignore_index=True)
+
+    def _drawn_first(self, samples: DataFrame) -> DataFrame:
+        """Return the support that the seed draws from all images, as many as there are if there are fewer than asked.
+
+        What is drawn depends on K alone: abnormal images that are not learnt from are drawn too, for the same test.
+        """
+        counts = {LabelName.NORMAL: self.k_shot, LabelName.ABNORMAL: self.abnormal_shots or self.k_shot}
+        return draw_groups(samples, counts, self.seed, self.group_by)
+
+    def _log(self, samples: DataFrame, undivided: bool) -> None:
+        """Log the support, how many images of which kind go where, and what that leaves undone."""
+        name, files = self.category or self.name, [Path(path).name for path in self.support.samples.image_path]
+        parts = {"support": self.support, "validation": self.val_data, "test": self.test_data}
+        table = DataFrame({part: _count(data.samples) for part, data in parts.items()}).T
+        if (left := _count(samples) - table.sum()).any():
+            table.loc["left out"] = left
+        shown = ", ".join(files[:SHOWN]) + ", ..." * (len(files) > SHOWN)
+        logger.info("Support of %s: %s. What its %d images are for:\n%s", name, shown, len(samples), table.to_string())
+        if not undivided:
+            return
+        notes = []
+        for argument, label in ARGUMENTS.items():
+            kind, asked = LABELS[label][0], getattr(self, argument)
+            if asked and table[kind].sum() and (learnt := table[kind]["support"]) != asked:
+                name_of = "k_shot" if asked == self.k_shot else argument
+                why = "in whole groups" if learnt > asked else "all that there are"
+                notes.append(f"{name_of}={asked} has become {learnt} {kind} image{'' if learnt == 1 else 's'}, {why}")
+            if len(self.test_data) and not table[kind]["test"]:
+                notes.append(f"no {kind} image is left to test, without which most metrics are not defined (NaN)")
+        if notes:
+            logger.warning("%s: %s. More images help, or a smaller k_shot.", name, "; ".join(notes))
 
     def _without(self, samples: DataFrame, others: DataFrame) -> DataFrame:
         """Return the samples that share no group with others."""
@@ -163,9 +205,16 @@ class FewShot(SplitDataModule):
             )
             raise ValueError(msg)
         warn_of_lookalikes(support.image_path, test.image_path)
-        if not len(test):
+        if self.needs_test and not len(test):
             msg = (
                 f"{self.category or self.name} has no test image left beside {len(support)} support and {len(val)} "
-                f"validation images (group_by={self.group_by!r}). Lower the source's val_split_ratio, or add images."
+                f"validation images (group_by={self.group_by!r}). Lower k_shot or val_split_ratio, or add images."
             )
             raise ValueError(msg)
+
+
+def _count(samples: DataFrame) -> Series:
+    """Return the numbers of normal and of abnormal images, and of those with a mask."""
+    is_abnormal = samples.label_index == LabelName.ABNORMAL
+    with_mask = is_abnormal & (samples.mask_path.fillna("") != "") if "mask_path" in samples else is_abnormal & False
+    return Series({"normal": (~is_abnormal).sum(), "abnormal": is_abnormal.sum(), "with mask": with_mask.sum()})

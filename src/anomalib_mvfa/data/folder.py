@@ -9,6 +9,7 @@ from anomalib.data import Folder
 from anomalib.data.utils import LabelName, Split
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ..arguments import optional_text
 from .dataset import SampleDataset
 from .reading import by_name, check_mask_names, files_below, find_images
 
@@ -27,6 +28,13 @@ class NamedFolder(Folder):
     """
 
     def _setup(self, _stage: str | None = None) -> None:
+        samples = self._find_samples()
+        self.train_data, self.test_data = (
+            SampleDataset(samples[samples.split == s.value]) for s in (Split.TRAIN, Split.TEST)
+        )
+
+    def _find_samples(self) -> pd.DataFrame:
+        """Return anomalib's samples table of all images."""
         rows: list[tuple[str, str, int, str, str]] = []
         masks = self._find(self.mask_dir)
         for part, split in PARTS.items():
@@ -37,15 +45,15 @@ class NamedFolder(Folder):
             rows += [(str(path), part, int(label), str(paired.get(path, "")), split.value) for path in paths]
         samples = pd.DataFrame(rows, columns=["image_path", "label", "label_index", "mask_path", "split"])
         samples.attrs["task"] = "segmentation" if samples.mask_path.any() else "classification"
-        self.train_data, self.test_data = (
-            SampleDataset(samples[samples.split == s.value]) for s in (Split.TRAIN, Split.TEST)
-        )
+        return samples
 
     def _find(self, folders: str | Path | Sequence[str | Path] | None) -> list[dict[str, Path]]:
         """Return the images of each folder by their paths in it without suffixes."""
         suffixes = tuple(suffix.lower() for suffix in self.extensions or IMG_EXTENSIONS)
         found = []
-        for name in [] if folders is None else [folders] if isinstance(folders, str | Path) else folders:
+        if folders is None or isinstance(folders, str | Path):
+            folders = [name for name in [optional_text(folders)] if name]
+        for name in folders:
             folder = Path(self.root or "", name).resolve()
             images = find_images(folder, files_below(folder), lambda path: path.name.lower().endswith(suffixes))
             if not images:

@@ -7,7 +7,7 @@ from anomalib.data.utils import LabelName
 from .base import Source
 from .dataset import SampleDataset
 from .few_shot import FewShot
-from .support import without_copies
+from .support import without_copies, without_groups
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
@@ -17,6 +17,8 @@ class FullNormal(FewShot):
 
     It validates and tests on the very images that :class:`~anomalib_mvfa.data.few_shot.FewShot` with the same arguments
     does, so that the two can be compared; the support that would draw is left out, and so are copies of tested images.
+    Of the user's own images (FewShotFolder), all are the support, validated or tested on: the normal support images are
+    then the training images.
 
     Args:
         source: The source, as for FewShot.
@@ -37,6 +39,7 @@ class FullNormal(FewShot):
         del self.support  # a memory bank is built from the training images
         train = self.source.train_data
         samples = self._without(train.samples, self.test_data.samples)
+        samples = without_groups(samples, self.val_data.samples, None)
         samples = samples[samples.label_index == LabelName.NORMAL]
         if not len(samples):
             msg = (

@@ -3,6 +3,7 @@
 Axes: N slices, H height, W width.
 """
 
+import gzip
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, ImageSequence
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 
+from ..io import atomic_write
 from .reading import is_high_bit_depth
 
 Bound = float | str
@@ -166,6 +168,33 @@ def _read_nifti(path: Path) -> Scan:
     values = np.asanyarray(nibabel.as_closest_canonical(volume).dataobj)  # left to right, back to front, feet to head
     code = "".join(nibabel.aff2axcodes(image.affine))
     return Scan(values[::-1, ::-1].transpose(2, 1, 0), orientation=code, affine=np.asarray(image.affine))
+
+
+def write_like_nifti(slices: np.ndarray, like: Path, path: Path) -> bool:
+    """Write slices ``(N, H, W)``, in the form that :func:`read_scan` gives them, in the geometry of a NIfTI file.
+
+    Args:
+        slices: Values of the slices.
+        like: The file that these slices are of.
+        path: Where to.
+
+    Returns:
+        Whether these are all of its slices; nothing is written otherwise.
+    """
+    import nibabel
+    from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+
+    image: Any = nibabel.load(like)
+    volume = apply_orientation(
+        slices.transpose(2, 1, 0)[::-1, ::-1], ornt_transform(axcodes2ornt("RAS"), io_orientation(image.affine))
+    )
+    if volume.shape != (*image.shape, 1)[:3]:
+        return False
+    found = nibabel.Nifti1Image(volume.astype(np.float32), image.affine)
+    found.header.set_xyzt_units(*image.header.get_xyzt_units())
+    with atomic_write(path) as partial:  # whose name does not end like a NIfTI file's
+        partial.write_bytes(gzip.compress(found.to_bytes(), mtime=0))
+    return True
 
 
 def _read_dicom(path: Path, as_mask: bool) -> Scan:

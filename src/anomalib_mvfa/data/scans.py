@@ -2,7 +2,7 @@
 
 .. code-block:: text
 
-    PICTURES/<digest>/scans.json       names of the slices, written last; the digest is of the files and the window
+    PICTURES/<digest>/scans.json       file and number of each slice, written last; the digest is of files and window
     PICTURES/<digest>/<folder>/...     one file per scan, or per slice of a scan: <name>_slice<number>.png
 
 All slices of a file are one group, and so are the files of one slice in a folder of their own: those of a DICOM series.
@@ -15,6 +15,8 @@ import logging
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache
 from itertools import permutations
 from pathlib import Path
 
@@ -24,9 +26,10 @@ from anomalib.data import PredictDataset
 from anomalib.data.utils import LabelName, Split, ValSplitMode
 from filelock import FileLock
 from PIL import Image
-from rich.progress import track
 
+from ..arguments import optional_text
 from ..io import explain_failed_write
+from ..progress import progress
 from .folder import NamedFolder
 from .reading import MASK_THRESHOLD, by_name, check_mask_names, check_mask_values, files_below, find_images
 from .scan_files import (
@@ -90,7 +93,8 @@ class Scans(NamedFolder):
         **kwargs,  # noqa: ANN003  # of Folder
     ) -> None:
         given = {"normal": normal_dir, "abnormal": abnormal_dir, "normal_test": normal_test_dir, "mask": mask_dir}
-        self.folders = {kind: Path(root or ".", folder).expanduser() for kind, folder in given.items() if folder}
+        named = {kind: optional_text(folder) for kind, folder in given.items()}
+        self.folders = {kind: Path(root or ".", folder).expanduser() for kind, folder in named.items() if folder}
         self.window = check_window(window)
         self.pictures = Path(pictures or Path("datasets", f"{name}_8bit")).expanduser()
         kwargs |= {f"{kind}_dir": kind for kind in self.folders if kind != "normal_test"}
@@ -167,24 +171,47 @@ def convert(sources: Mapping[str, Path], pictures: Path, window: Window | None) 
     pictures.mkdir(parents=True, exist_ok=True)
     with FileLock(pictures / f".{digest}.lock"):
         record = target / RECORD
-        if record.is_file() and record.read_text("utf-8") == _list(target):
+        if record.is_file() and sorted(_read_record(record)) == _list(target):
             return target
         for left in (partial, target):  # by a run that was killed, or with slices that have been removed
             shutil.rmtree(left, ignore_errors=True)
         scans = {kind: _with_pixels(paths) for kind, paths in scans.items()}
         try:
             with explain_failed_write(target):
-                _write_slices(scans, partial, window)
-                (partial / RECORD).write_text(_list(partial), "utf-8")
+                origins = _write_slices(scans, partial, window)
+                (partial / RECORD).write_text(json.dumps(origins), "utf-8")
             partial.replace(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
-def _list(folder: Path) -> str:
-    """Return the record of a folder: the paths of its slices in it."""
-    return json.dumps(sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png")))
+def origin_of(path: Path) -> tuple[Path, int] | None:
+    """Return the scan that a file is a slice of, and which slice it is from 0; None if it is no slice."""
+    for folder in path.parents:
+        if (folder / RECORD).is_file():
+            source, index = _read_record(folder / RECORD).get(str(path.relative_to(folder)), (None, 0))
+            return (Path(source), index) if source else None
+    return None
+
+
+def _read_record(path: Path) -> dict[str, tuple[str, int]]:
+    """Return scan and number of each slice by the slice's path in the record's folder; nothing if it is damaged."""
+    return _parse_record(path.read_bytes())
+
+
+@lru_cache(maxsize=4)
+def _parse_record(content: bytes) -> dict[str, tuple[str, int]]:
+    with suppress(ValueError):
+        record = json.loads(content)
+        if isinstance(record, dict):
+            return record
+    return {}
+
+
+def _list(folder: Path) -> list[str]:
+    """Return the paths of a folder's slices in it."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
 
 
 def _find_scans(folder: Path) -> dict[str, Path]:
@@ -222,15 +249,18 @@ def _windows_of_series(paths: Mapping[str, Path], window: Window | None) -> dict
     return found
 
 
-def _write_slices(scans: Mapping[str, Mapping[str, Path]], target: Path, window: Window | None) -> None:
-    """Write the 8-bit slices of scans and masks, each kind to its folder; see :func:`convert`."""
+def _write_slices(
+    scans: Mapping[str, Mapping[str, Path]], target: Path, window: Window | None
+) -> dict[str, tuple[str, int]]:
+    """Write the 8-bit slices of scans and masks, each kind to its folder, and return their record; see `convert`."""
+    origins: dict[str, tuple[str, int]] = {}
     masks = scans.get("mask")
     if masks is not None:
         check_mask_names("the abnormal scans", scans.get("abnormal", {}), masks, "A mask has its scan's name.")
     marked: dict[str, bool] = defaultdict(bool)  # by group
     for kind, paths in scans.items():
         windows = _windows_of_series(paths, window) if kind != "mask" else {}
-        for name, path in track(paths.items(), f"Converting {kind} scans", transient=True) if kind != "mask" else ():
+        for name, path in progress(list(paths.items()), f"Converting {kind} scans") if kind != "mask" else ():
             scan = read_scan(path)
             images, marks = to_8_bit(scan, windows.get(str(Path(name).parent), window), path), None
             if kind == "abnormal" and masks is not None:
@@ -242,15 +272,17 @@ def _write_slices(scans: Mapping[str, Mapping[str, Path]], target: Path, window:
                 raise ValueError(msg)
             for index, image in enumerate(images):
                 file = f"{name}_slice{index:03d}.png" if len(images) > 1 else f"{name}.png"
-                if marks is None or marks[index].any():
-                    _save(image, target / kind / file)
-                else:
-                    _save(image, target / "normal_test" / kind / file)
-                if marks is not None and marks[index].any():
-                    _save(Image.fromarray(marks[index].astype(np.uint8) * 255), target / "mask" / file)
+                is_moved = marks is not None and not marks[index].any()
+                written = {Path("normal_test" if is_moved else "", kind, file): (image, path)}
+                if marks is not None and masks is not None and not is_moved:
+                    written[Path("mask", file)] = Image.fromarray(marks[index].astype(np.uint8) * 255), masks[name]
+                for slice_file, (picture, source) in written.items():
+                    _save(picture, target / slice_file)
+                    origins[str(slice_file)] = str(source.resolve()), index
     if empty := [group for group, is_marked in marked.items() if not is_marked]:
         msg = f"Masks mark nothing of {empty[:5]}, in the folder of abnormal scans. Correct them or move the scans."
         raise ValueError(msg)
+    return origins
 
 
 def _read_marks(path: Path, scan: Scan, scan_path: Path) -> np.ndarray:

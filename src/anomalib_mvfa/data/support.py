@@ -2,7 +2,8 @@
 
 import logging
 import re
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
@@ -18,7 +19,7 @@ from scipy.spatial import KDTree
 from torch.utils.data import Dataset
 
 from ..io import file_digest
-from .dataset import SampleDataset, SupportViewDataset
+from .dataset import SampleDataset, SupportViewDataset, lacks_mask
 from .reading import read_image
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
@@ -41,7 +42,28 @@ def draw(samples: DataFrame, count: int, seed: int) -> DataFrame:
     return ordered.iloc[np.sort(chosen)].reset_index(drop=True)
 
 
-def read_support_list(path: str | Path, category: str, k_shot: int) -> dict[LabelName, list[str]]:
+def draw_groups(
+    samples: DataFrame, counts: Mapping[LabelName, int | None], seed: int, group_by: str | None
+) -> DataFrame:
+    """Return whole groups, drawn until there are as many samples of each label as asked for, all if that is None.
+
+    The groups come in an order that depends on the seed, those of abnormal images without any mask last.
+    """
+    groups, lacking = groups_of(samples, group_by), lacks_mask(samples)
+    without_mask = set(groups[lacking]) - set(groups[~lacking & (samples.label_index == LabelName.ABNORMAL)])
+    order = sorted(np.random.default_rng(seed).permutation(sorted(set(groups))), key=without_mask.__contains__)
+    sizes = Counter(zip(groups, samples.label_index, strict=True))
+    chosen: set[str] = set()
+    drawn = Counter[LabelName]()
+    for label, count in counts.items():
+        for group in order:
+            if group not in chosen and sizes[group, label] and (count is None or drawn[label] < count):
+                chosen.add(group)
+                drawn.update({one: sizes[group, one] for one in counts})
+    return samples[groups.isin(chosen)].sort_values(["label_index", "image_path"], ignore_index=True)
+
+
+def read_support_list(path: str | Path, category: str, k_shot: int | None) -> dict[LabelName, list[str]]:
     """Return the file names, normal and abnormal, in a list of the published form, or a folder of such lists.
 
     A folder holds ``<category>/<K>-shot.txt``, and a list has one line per label: ``n-0: a.png b.png`` and
@@ -128,7 +150,9 @@ def group_of(path: str, group_by: str | None) -> str:
 
 
 def groups_of(samples: DataFrame, group_by: str | None) -> Series:
-    """Return the group of every sample."""
+    """Return the group of every sample: by the expression, or else as a table of the user's own says."""
+    if group_by is None and "group" in samples:
+        return samples.group
     return samples.image_path.map(lambda path: group_of(path, group_by))
 
 

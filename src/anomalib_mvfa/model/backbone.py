@@ -19,7 +19,9 @@ from torch import nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from ..arguments import documented
+from ..progress import progress
 from .linear import linear
+from .network import FrozenNetwork
 from .weights import FLOATS, RANDOM_SEED, State, checked_download, fingerprint, first_line, load_state, read_state
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
@@ -30,20 +32,11 @@ _NOT_PARAMETERS = ("input_resolution", "context_length", "vocab_size")  # in Ope
 
 
 @documented
-class ClipBackbone(nn.Module):
+class ClipBackbone(FrozenNetwork):
     """CLIP with a plain vision transformer, frozen and always in eval mode.
 
     Args:
         image_size: Height and width of its input in pixels; the position grid is resized to it (bicubic, antialiased).
-
-    Attributes:
-        depth: Number of blocks of the image tower.
-        width: D.
-        joint_width: E.
-        grid: G.
-        mean: Mean of CLIP's images, per channel ``(3, 1, 1)``.
-        std: Their standard deviation.
-        fingerprint: Hash of samples of the weights, whatever file they came from and whatever the image size.
 
     Raises:
         ValueError: Unknown backbone, tag or image size, an image tower other than a plain vision transformer, or a
@@ -52,10 +45,8 @@ class ClipBackbone(nn.Module):
         RuntimeError: The weights of a tag could not be loaded.
     """
 
+    has_texts = True
     clip: Any  # open_clip ships no types
-    joint_width: int
-    mean: torch.Tensor
-    std: torch.Tensor
 
     def __init__(self, backbone: str, pretrained: str | None, image_size: int, quick_gelu: bool = False) -> None:
         super().__init__()
@@ -86,18 +77,6 @@ class ClipBackbone(nn.Module):
         self._batch_first = getattr(clip.visual.transformer, "batch_first", False)
         self.register_buffer("mean", torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1), persistent=False)
-
-    def train(self, mode: bool = True) -> "ClipBackbone":
-        """Stay in eval mode, whatever the mode of the model around it."""
-        del mode
-        return super().train(False)
-
-    def streams(self, image: torch.Tensor, ends: Sequence[int]) -> list[torch.Tensor]:
-        """Return the stream ``(B, L, D)`` of images ``(B, 3, H, W)`` after blocks (from 1), whose numbers increase."""
-        streams = [self.embed(image)]
-        for start, end in zip((0, *ends), ends, strict=False):
-            streams.append(self.blocks(streams[-1], start, end))
-        return streams[1:]
 
     def blocks(self, x: torch.Tensor, start: int, end: int) -> torch.Tensor:
         """Run blocks (from 1) after ``start`` up to ``end`` on tokens ``(B, L, D)``."""
@@ -132,9 +111,13 @@ class ClipBackbone(nn.Module):
         with torch.autocast(device.type, enabled=False):
             features = [
                 self.clip.encode_text(self.tokenizer(list(prompts[start : start + TEXT_BATCH])).to(device))
-                for start in range(0, len(prompts), TEXT_BATCH)
+                for start in progress(range(0, len(prompts), TEXT_BATCH), "Encoding prompts")
             ]
         return normalize(torch.cat(features).float(), dim=-1)
+
+    def encode_states(self, prompts: Sequence[Sequence[str]]) -> torch.Tensor:
+        """Return text features ``(E, 2)`` of prompts for each state: unit means of unit embeddings."""
+        return torch.stack([normalize(self.encode_text(texts).mean(dim=0), dim=0) for texts in prompts], dim=1)
 
 
 def _layer(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,10 @@ from ..arguments import check_arguments, documented
 from .adapters import BRANCHES, BranchAdapters
 from .backbone import ClipBackbone
 from .memory_bank import MemoryBank
+from .network import FrozenNetwork
 from .prompts import Prompts
 from .torch_model import MvfaModel
+from .vit_backbone import VitBackbone, is_vit
 
 
 @documented
@@ -34,7 +36,6 @@ def build_mvfa(  # noqa: D417  # `documented` adds the others
     """Return MVFA's torch model with new adapters and an empty memory bank.
 
     Args:
-        backbone: Name of an open_clip model, or path of a model config.
         prompts: States and templates of the text prompts; the published ones by default.
 
     Raises:
@@ -43,11 +44,14 @@ def build_mvfa(  # noqa: D417  # `documented` adds the others
         RuntimeError: The weights of a tag could not be loaded.
     """
     check_arguments(locals())
-    clip = ClipBackbone(backbone, pretrained, image_size, quick_gelu)
-    levels = check_levels(levels, clip.depth)
-    seg_adapters, det_adapters = new_adapters(len(levels), clip, adaptation, seed)
+    network = load_backbone(backbone, pretrained, image_size, quick_gelu)
+    if prompts not in (None, Prompts()) and not network.has_texts:
+        msg = f"backbone={backbone!r} has no texts: states and templates of prompts have no effect. Leave them out."
+        raise ValueError(msg)
+    levels = check_levels(levels, network.depth)
+    seg_adapters, det_adapters = new_adapters(len(levels), network, adaptation, seed)
     return MvfaModel(
-        clip,
+        network,
         seg_adapters,
         det_adapters,
         MemoryBank(coreset, seed),
@@ -63,7 +67,23 @@ def build_mvfa(  # noqa: D417  # `documented` adds the others
     )
 
 
-def new_adapters(levels: int, backbone: ClipBackbone, adaptation: str, seed: int = 0) -> list[BranchAdapters]:
+def load_backbone(backbone: str, pretrained: str | None, image_size: int, quick_gelu: bool = False) -> FrozenNetwork:
+    """Return the frozen network of a name: CLIP by open_clip, or a vision transformer by timm.
+
+    Raises:
+        ValueError: There is none of that name, weights do not fit, or it cannot have QuickGELU.
+        FileNotFoundError: A file that an argument names does not exist.
+        RuntimeError: The weights of a tag could not be loaded.
+    """
+    if not is_vit(backbone):
+        return ClipBackbone(backbone, pretrained, image_size, quick_gelu)
+    if quick_gelu:
+        msg = f"quick_gelu=True is for CLIP, and backbone={backbone!r} is none. Leave it out."
+        raise ValueError(msg)
+    return VitBackbone(backbone, pretrained, image_size)
+
+
+def new_adapters(levels: int, backbone: FrozenNetwork, adaptation: str, seed: int = 0) -> list[BranchAdapters]:
     """Return adapters of both branches, seg and det, drawn from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

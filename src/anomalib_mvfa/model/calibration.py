@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from ..progress import progress
 from .fusion import NOISE, value_range
 from .torch_model import BranchScores, MvfaModel, Tokens
 
 if TYPE_CHECKING:
-    from anomalib.data import ImageItem
+    from anomalib.data import ImageItem, InferenceBatch
     from anomalib.post_processing import PostProcessor
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
@@ -109,7 +110,8 @@ def score_support(
             for kind in kinds
             for first in range(0, len(kind), SUPPORT_BATCH)
         ]
-        for batch in DataLoader(support, batch_sampler=batches, collate_fn=support.collate_fn):
+        loader = DataLoader(support, batch_sampler=batches, collate_fn=support.collate_fn)
+        for batch in progress(loader, "Filling the memory bank", len(batches)):
             for item in batch.items:
                 items.setdefault(item.image_path, item)
             image = preprocess(batch.image)
@@ -172,21 +174,30 @@ def reset_thresholds(post_processor: Any) -> None:  # noqa: ANN401
     for name in THRESHOLDS:
         if hasattr(post_processor, name):
             getattr(post_processor, name).fill_(torch.nan)
+    if hasattr(post_processor, "forget"):
+        post_processor.forget()
 
 
 def set_thresholds(
     post_processor: "PostProcessor",
-    model: MvfaModel,
-    support: Sequence[tuple[BranchScores, "ImageItem"]],
+    scored: Sequence[tuple["InferenceBatch", "ImageItem"]],
+    images: str,
+    learnt: bool = False,
 ) -> None:
-    """Find a post-processor's thresholds on support images of both labels, by anomalib's own rule (best F1)."""
+    """Find a post-processor's thresholds on images that do not validate.
+
+    Args:
+        post_processor: Of anomalib; what is asked for is in it.
+        scored: Prediction and item of every image.
+        images: What they are, in the words of the log.
+        learnt: Whether the adapters have learnt from these images.
+    """
     from anomalib.data import ImageBatch
 
-    logger.info("Thresholds come from the %d support images: validation did not show both labels.", len(support))
-    device = model.ranges.device
+    logger.info("Thresholds come from the %d %s images: validation did not show both labels.", len(scored), images)
     hosts: Any = (None, None)  # trainer and module, which it does not read
-    for scores, item in support:
-        predictions = model.fuse(scores)
+    for predictions, item in scored:
+        device = torch.as_tensor(predictions.pred_score).device
         batch = ImageBatch(
             image=torch.as_tensor(item.image)[None].to(device),
             gt_label=torch.as_tensor(item.gt_label)[None].to(device),
@@ -195,3 +206,6 @@ def set_thresholds(
         )
         post_processor.on_validation_batch_end(*hosts, batch)
     post_processor.on_validation_epoch_end(*hosts)
+    evidence = getattr(post_processor, "evidence", None)
+    if evidence is not None:
+        evidence.images, evidence.learnt = images, learnt

@@ -1,20 +1,30 @@
 """Anomalib's pre- and post-processor in the forms that our models need, and exports that score as the model does."""
 
+import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from anomalib.data import Batch
+from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from torch import Tensor, nn
+from torchmetrics.utilities.data import dim_zero_cat
 from torchvision.transforms.v2 import InterpolationMode, Resize
+
+from .thresholds import BEST_F1, RATES, Evidence, parse_threshold, threshold_of_rate
 
 if TYPE_CHECKING:
     from anomalib.models.components import AnomalibModule as _Host
 else:
     _Host = object
+
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 ONNX_OPSET = 18
 """The operator set that torch writes; converting it to an older one fails."""
@@ -29,10 +39,14 @@ class ExportMixin(_Host):
         """Raise an error for a model that cannot score, which an exported file would not say."""
 
     def to_torch(self, *args, **kwargs) -> Path:  # noqa: ANN002, ANN003
-        """Export as anomalib does, with weights that ask for no gradient."""
+        """Export as anomalib does, without metrics (100 MB of bins) and with weights that ask for no gradient."""
         self.check_exportable()
-        with _without_gradients(self):
-            return super().to_torch(*args, **kwargs)
+        evaluator, self.evaluator = self.evaluator, None
+        try:
+            with _without_gradients(self):
+                return super().to_torch(*args, **kwargs)
+        finally:
+            self.evaluator = evaluator
 
     def to_onnx(self, *args, **kwargs) -> Path:  # noqa: ANN002, ANN003
         """Export as anomalib does, in the operator set that torch writes; OpenVINO's export passes through here too."""
@@ -105,7 +119,124 @@ def _resize_matrix(length: int, size: int, like: torch.Tensor, cubic: bool) -> t
     return weights / weights.sum(dim=1, keepdim=True)
 
 
-class ThresholdScaledPostProcessor(PostProcessor):
+class _RememberingThreshold(F1AdaptiveThreshold):
+    """The threshold of best F1, or the highest score of normal images where there are no others.
+
+    Attributes:
+        seen: Scores and labels that it was found on.
+    """
+
+    seen: tuple[Tensor, Tensor]
+
+    def compute(self) -> Tensor:
+        """Return the threshold."""
+        scores, labels = self.seen = dim_zero_cat(self.preds), dim_zero_cat(self.target)  # of all processes
+        return super().compute() if labels.any() else scores.max()
+
+
+class ChoicePostProcessor(PostProcessor):
+    """Anomalib's post-processor, with a choice of the image threshold.
+
+    Beside the threshold of best F1 it keeps the scores that this was found on, in checkpoints too, so that another
+    choice needs no images. Masks are made by the threshold of best F1 over pixels.
+
+    Args:
+        threshold: What is asked for, see :func:`~anomalib_mvfa.model.thresholds.parse_threshold`; by default what a
+            checkpoint asks for, and else best F1.
+        kwargs: Arguments of anomalib's post-processor.
+
+    Attributes:
+        evidence: The images that thresholds come from, None before there are any.
+    """
+
+    _chosen: Tensor
+    _told = ""
+
+    def __init__(self, threshold: float | str | None = None, **kwargs) -> None:  # noqa: ANN003  # anomalib's
+        super().__init__(**kwargs)
+        self._image_threshold_metric = _RememberingThreshold(fields=["pred_score", "gt_label"], strict=False)
+        self.register_buffer("_chosen", torch.tensor(math.nan), persistent=False)
+        self.evidence: Evidence | None = None
+        self.threshold = threshold
+        self.choose()
+
+    def choose(self) -> None:
+        """Find the threshold that is asked for, among what is known."""
+        name, value = self.rule
+        if name in RATES:
+            known = self.evidence or Evidence([], [])
+            value = threshold_of_rate(name, value, known.scores, known.labels)
+        self._chosen.fill_(value)
+
+    @property
+    def rule(self) -> tuple[str, float]:
+        """What is asked for: a name and a value."""
+        return parse_threshold(BEST_F1 if self.threshold is None else self.threshold)
+
+    @property
+    def image_threshold(self) -> Tensor:
+        """The threshold in use, in the scale of the model's own scores; NaN if there is none."""
+        return torch.where(self._chosen.isnan(), super().image_threshold, self._chosen)
+
+    def tell(self) -> None:
+        """Log what the image threshold is, where it comes from, and what is to be doubted about it, unless it has."""
+        threshold = float(self.image_threshold)
+        text, doubts = (self.evidence or Evidence([], [])).describe(*self.rule, threshold)
+        if text != self._told:
+            self._told = text
+            logger.info("%s", text)
+            for doubt in doubts:
+                logger.warning("%s", doubt)
+
+    def on_validation_epoch_end(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
+        """Find thresholds as anomalib does, and keep the scores that they were found on."""
+        metric: Any = self._image_threshold_metric
+        was_updated = self.enable_thresholding and metric.update_called
+        super().on_validation_epoch_end(*args, **kwargs)
+        if was_updated:
+            scores, labels = metric.seen
+            self.evidence = Evidence(scores.float().tolist(), labels.int().tolist())
+            self.choose()
+
+    def forget(self) -> None:
+        """Forget the images that thresholds came from."""
+        self.evidence = None
+        self.choose()
+
+    def normalize_batch(self, batch: Batch) -> None:
+        """Move scores and maps so that thresholds are at 0.5; the batch keeps the model's own as ``raw_score``."""
+        batch.raw_score = batch.pred_score  # type: ignore[attr-defined]  # no field of anomalib's
+        super().normalize_batch(batch)
+
+    def checkpoint_config(self) -> dict[str, Any]:
+        """Return anomalib's configuration, what is asked for, and the scores that thresholds come from."""
+        evidence = asdict(self.evidence) if self.evidence else None
+        return {**super().checkpoint_config(), "threshold": self.threshold, "evidence": evidence}
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Restore them; what this post-processor was asked for itself goes first."""
+        super().load_checkpoint_config(config)
+        self.threshold = config.get("threshold") if self.threshold is None else self.threshold
+        self.evidence = Evidence(**config["evidence"]) if config.get("evidence") else None
+        self.choose()
+
+
+def ask_for_threshold(post_processor: Any, threshold: float | str | None) -> None:  # noqa: ANN401  # any, or none
+    """Ask a model's post-processor for a threshold, unless it is None.
+
+    Raises:
+        ValueError: It is no threshold, or a post-processor that offers no choice.
+    """
+    if threshold is None:
+        return
+    if not isinstance(post_processor, ChoicePostProcessor):
+        msg = f"threshold={threshold!r} needs the default post-processor: leave post_processor at true."
+        raise ValueError(msg)  # noqa: TRY004  # of the argument
+    post_processor.threshold = threshold
+    post_processor.choose()
+
+
+class ThresholdScaledPostProcessor(ChoicePostProcessor):
     """Maps scores linearly so that the threshold becomes 0.5: [0, t] to [0, 0.5] and [t, 1] to [0.5, 1].
 
     Scores of MVFA lie inside [0, 1] already. Anomalib's own scaling by the validation's extremes would clamp scores
@@ -123,7 +254,7 @@ class ThresholdScaledPostProcessor(PostProcessor):
         return torch.where(preds < threshold, below, above)
 
 
-class OrderKeepingPostProcessor(PostProcessor):
+class OrderKeepingPostProcessor(ChoicePostProcessor):
     """Maps scores of any range into (0, 1), strictly increasing, with the threshold at 0.5.
 
     Anomalib's own post-processor scales by the validation's extremes and clamps what lies beyond them; the resulting

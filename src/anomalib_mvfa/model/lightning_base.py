@@ -17,19 +17,22 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torchvision.transforms.v2 import InterpolationMode
 
-from ..arguments import plain
+from ..arguments import differences, storable
 from ..callbacks import default_callbacks
 from ..contract import dataset_of, datasets_of
 from ..data.dataset import read_strictly
 from ..data.reading import refuse_high_bit_depth
 from ..io import save_atomically
 from ..metrics.evaluator import default_evaluator
-from .export import AntialiasedPreProcessor, ExportMixin, OrderKeepingPostProcessor
+from ..results import ScoreVisualizer
+from .export import AntialiasedPreProcessor, ExportMixin, OrderKeepingPostProcessor, ask_for_threshold
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 LIGHTNING_MAX_EPOCHS = 1000
 """What Lightning trains for when it is told nothing."""
+NETWORK = {"backbone", "quick_gelu", "image_size", "adaptation", "layers", "condition_vector", "coupling_blocks"}
+"""Arguments that trained weights depend on; levels and the backbone's weights are compared as they are in use."""
 
 
 class AnomalibMixin(ExportMixin):  # no AnomalibModule itself: anomalib would list it as a model
@@ -49,12 +52,33 @@ class AnomalibMixin(ExportMixin):  # no AnomalibModule itself: anomalib would li
         post_processor: nn.Module | bool,
         evaluator: Evaluator | bool,
         visualizer: Visualizer | bool,
+        threshold: float | str | None = None,
     ) -> None:
         if pre_processor is True and image_size is not None:
             pre_processor = self.configure_pre_processor((image_size, image_size))
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
-        # Anomalib saves the constructor's arguments, and reads back plain types only.
-        self.hparams.update({name: plain(value) for name, value in self.hparams.items()})
+        ask_for_threshold(self.post_processor, threshold)
+        self.hparams.update(storable(self.hparams))  # which anomalib saves
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Log which arguments differ from the checkpoint's.
+
+        Raises:
+            RuntimeError: One of them makes another network.
+        """
+        super().on_load_checkpoint(checkpoint)
+        differing = differences(self.hparams, checkpoint.get("hyper_parameters", {}))
+        has_moved = str(self.hparams.get("backbone")).endswith(".json")
+        if wrong := [
+            differing[name] for name in sorted(NETWORK & differing.keys()) if name != "backbone" or not has_moved
+        ]:
+            msg = (
+                f"The checkpoint does not fit: {', '.join(wrong)}. On the command line, leave these arguments out; in "
+                f"Python, load the model by {type(self).__name__}.load_from_checkpoint(path)."
+            )
+            raise RuntimeError(msg)
+        if differing:
+            logger.info("Arguments that differ from the checkpoint's: %s.", ", ".join(differing.values()))
 
     # ------------------------------------------------------------------ data
 
@@ -125,8 +149,8 @@ class AnomalibMixin(ExportMixin):  # no AnomalibModule itself: anomalib would li
 
     @classmethod
     def configure_visualizer(cls) -> ImageVisualizer:
-        """Return anomalib's visualizer, with colours that span each map: fused scores fill a small part of [0, 1]."""
-        return ImageVisualizer(overlay_fields_config={"anomaly_map": {"colormap": True, "normalize": True}})
+        """Return anomalib's visualizer, with scores in the pictures."""
+        return ScoreVisualizer()
 
 
 class AtomicCheckpointIO(AnomalibCheckpointIO):

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from ..contract import DataFacts, class_name_of, describe, has_label
 from ..data.support import support_of
+from ..progress import progress
 from . import calibration
 from .export import ThresholdScaledPostProcessor
 from .lightning_base import AnomalibMixin, plan_epochs
@@ -129,9 +130,9 @@ class CalibratedMixin(AnomalibMixin):
                 return
             if support is None:
                 msg = (
-                    "There are no support images to build the memory bank from: no finished fit is loaded, and the "
-                    "data offer none. Load a checkpoint of a finished fit, or give a FewShot datamodule or one with "
-                    f"normal training images{self._or_no_bank}."
+                    f"There are no support images to build the memory bank from: {self._no_bank}, and the data offer "
+                    "none. Load a checkpoint of a finished fit, or give a FewShot datamodule or one with normal "
+                    f"training images{self._or_no_bank}."
                 )
                 raise RuntimeError(msg)
             with self._scoring_context():
@@ -140,11 +141,17 @@ class CalibratedMixin(AnomalibMixin):
                 calibration.set_ranges(self.model, (scores for scores, _ in self.state.support))
 
     def _set_thresholds_from_support(self, replace: bool = False) -> None:
-        """Let the post-processor find its thresholds on the support, if it has none or they are to be replaced."""
+        """Let the post-processor find its thresholds on the support, if it has none or there are better ones.
+
+        Normal support images alone give a threshold where nothing else does: the highest of their scores, each without
+        the image's own views in the bank.
+        """
         labels = {item.gt_label.item() for _, item in self.state.support if item.gt_label is not None}
-        is_needed = replace or not calibration.thresholds_are_set(self.post_processor)
-        if is_needed and len(labels) == 2 and isinstance(self.post_processor, PostProcessor):
-            calibration.set_thresholds(self.post_processor, self.model, self.state.support)
+        is_needed = not calibration.thresholds_are_set(self.post_processor) or (replace and len(labels) == 2)
+        if is_needed and labels and isinstance(self.post_processor, PostProcessor):
+            learnt = bool(getattr(self, "learns", False))
+            scored = [(self.model.fuse(scores), item) for scores, item in self.state.support]
+            calibration.set_thresholds(self.post_processor, scored, "support", learnt)
 
     @torch.no_grad()
     def _calibrate_on_test(self) -> None:
@@ -153,7 +160,10 @@ class CalibratedMixin(AnomalibMixin):
         self._test_scores.clear()
         with self._scoring_context():
             for loader_idx, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
-                for batch_idx, batch in enumerate(islice(loader, int(self.trainer.num_test_batches[loader_idx]))):
+                total = int(self.trainer.num_test_batches[loader_idx])
+                for batch_idx, batch in enumerate(
+                    progress(islice(loader, total), "Calibrating on the test set", total)
+                ):
                     tokens = self.model.tokens(self._preprocess(batch.image))
                     scores = self.model.branch_scores(tokens, self.model.text_features)
                     self._test_scores[loader_idx, batch_idx] = scores
@@ -291,6 +301,7 @@ class FusionMixin(CalibratedMixin):
         super().on_save_checkpoint(checkpoint)
         for key in [key for key in checkpoint["state_dict"] if key.startswith(BACKBONE_PREFIX)]:
             del checkpoint["state_dict"][key]
+        checkpoint["hyper_parameters"].pop("adapters", None)  # where training started, which need not be there again
         checkpoint[self.checkpoint_key] = self.state.to_checkpoint(self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -306,11 +317,15 @@ class FusionMixin(CalibratedMixin):
                 "adapters (.pth) are loaded by Mvfa's argument `adapters`."
             )
             raise RuntimeError(msg)
+        super().on_load_checkpoint(checkpoint)
         backbone = f"backbone={self.hparams['backbone']!r}, pretrained={self.hparams['pretrained']!r}"
         self.state = FitState.from_checkpoint(saved, self.model, backbone)
-        super().on_load_checkpoint(checkpoint)
         self._apply_settings(self.settings if self.state.settings else Settings.for_data(self._facts))
-        adapt_state_dict(checkpoint["state_dict"], self.state_dict(), saved, self.model, self.settings)
+        state = checkpoint["state_dict"]
+        own = self.state_dict()
+        self.state.differing = adapt_state_dict(state, own, saved, self.model, self.settings)
+        if state.get("post_processor._image_threshold", torch.zeros(())).isnan():
+            calibration.reset_thresholds(self.post_processor)  # other options: what it was found on does not hold
 
     def to_torch(self, *args, **kwargs) -> Path:  # noqa: ANN002, ANN003
         """Export without the support: images of patients do not belong into an exported file."""
@@ -328,11 +343,16 @@ class FusionMixin(CalibratedMixin):
             self._begin()
         if not calibration.is_calibrated(self.model):
             msg = (
-                "The model cannot be exported: its memory bank or ranges are missing. Export after a fit, or from a "
-                f"checkpoint of a finished one{self._or_no_bank}."
+                f"The model cannot be exported, its memory bank or ranges are missing: {self._no_bank}. Export after a "
+                f"fit, or from a checkpoint of a finished one{self._or_no_bank}."
             )
             raise RuntimeError(msg)
         self._set_text_features()
+
+    @property
+    def _no_bank(self) -> str:
+        differing = self.state.differing
+        return f"the checkpoint's was made with other values, {differing}" if differing else "no finished fit is loaded"
 
     @property
     def _or_no_bank(self) -> str:

@@ -1,25 +1,36 @@
 """MVFA in anomalib."""
 
+import copy
 import logging
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
+from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
+from torch.utils.data import DistributedSampler
 from torchvision.transforms.v2 import Resize
 
 from ..arguments import DEFAULT_BACKBONE, DEFAULT_PRETRAINED, check_arguments, documented, optional_text
 from ..contract import class_name_of
+from ..data.dataset import SupportViewDataset
+from ..data.samplers import train_loader
+from ..data.support import groups_of
+from . import calibration
 from .build import build_mvfa
 from .frozen_cache import FrozenCache
+from .held_out import held_out_scores, split
 from .lightning_hooks import FusionMixin
 from .losses import MvfaLoss
 from .prompts import Prompts
 from .state import Settings
+from .torch_model import MvfaModel
 from .weights import load_adapters
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
@@ -37,6 +48,7 @@ class AdapterTrainingMixin(FusionMixin):
 
     loss: MvfaLoss
     _saw_masks = False
+    _start: Any = None
 
     @property
     def learns(self) -> bool:
@@ -54,24 +66,26 @@ class AdapterTrainingMixin(FusionMixin):
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
         """Return Adam over both branches: bit-equal to the two optimisers of the published code."""
-        if not self.learns:
-            return None
+        return self._optimizer_of(self.model) if self.learns else None
+
+    def _optimizer_of(self, model: MvfaModel) -> torch.optim.Optimizer:
         groups = [
             {"params": [weight for weight in adapters.parameters() if weight.requires_grad]}
-            for adapters in (self.model.seg_adapters, self.model.det_adapters)
+            for adapters in (model.seg_adapters, model.det_adapters)
         ]
         return torch.optim.Adam(groups, lr=self.settings.learning_rate or 0.0, betas=BETAS)
 
     def on_fit_start(self) -> None:
-        """Keep the frozen part of images that come again in every epoch."""
+        """Keep the adapters as they are, and the frozen part of images that come again in every epoch."""
         super().on_fit_start()
+        self._start = copy.deepcopy([self.model.seg_adapters, self.model.det_adapters])
         augmentations = getattr(self.dataset("train"), "augmentations", None)
         if isinstance(augmentations, Resize | None):  # others change an image from epoch to epoch
             self.model.cache = FrozenCache()
 
     def on_fit_end(self) -> None:
         """Give the memory back."""
-        self.model.cache = None
+        self.model.cache = self._start = None
 
     def training_step(self, batch: ImageBatch, *args, **kwargs) -> STEP_OUTPUT:  # noqa: ANN002, ANN003
         """Return the loss of a batch, from one data set, with its class name and its masks if it has any."""
@@ -80,12 +94,16 @@ class AdapterTrainingMixin(FusionMixin):
             return _no_loss(self) if self.trainer.world_size > 1 else None
         with_seg = batch.gt_mask is not None
         self._saw_masks |= with_seg
-        seg_maps, det_scores = self.model(batch.image, self._text_features(class_name_of(batch)), with_seg)
-        loss = self.loss(seg_maps, det_scores, batch.gt_mask, batch.gt_label)
+        loss = self._loss_of(self.model, batch)
         if not with_seg and self.trainer.world_size > 1:
             loss = loss + _no_loss(self.model.seg_adapters)  # its gradients are dropped before the step
         self.log_loss(loss, batch)
         return loss
+
+    def _loss_of(self, model: MvfaModel, batch: ImageBatch) -> torch.Tensor:
+        text_features = self._text_features(class_name_of(batch))
+        seg_maps, det_scores = model(batch.image, text_features, batch.gt_mask is not None)
+        return self.loss(seg_maps, det_scores, batch.gt_mask, batch.gt_label)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Leave the seg adapters out of a step without masks: a gradient of 0 would still move them by momentum."""
@@ -95,6 +113,46 @@ class AdapterTrainingMixin(FusionMixin):
             for parameter in self.model.seg_adapters.parameters():
                 parameter.grad = None
         self._saw_masks = False
+
+    # ------------------------------------------------------------------ thresholds without validation images
+
+    def _calibrate(self) -> None:
+        """Compute all that scoring needs; thresholds from support images, if need be, as if these were unseen."""
+        super()._calibrate()
+        post_processor, datamodule = cast("Any", self.post_processor), cast("Any", self.datamodule)
+        evidence, support = getattr(post_processor, "evidence", None), cast("Any", getattr(datamodule, "support", None))
+        # Several processes would each train on a share of the images, and none of them on all.
+        can_train = self.trainer.state.fn == TrainerFn.FITTING and self.trainer.world_size == 1 and support is not None
+        if not can_train or evidence is None or not evidence.learnt or post_processor.rule[0] == "number":
+            return
+        groups = groups_of(support.samples, datamodule.group_by)
+        if parts := split(support.samples.label_index.tolist(), groups.tolist(), self.seed):
+            logger.info(
+                "No images validate, so %d models learn from a part of the support each, and score the rest of it to "
+                "set the threshold. Validation images, or a number as threshold, would save this time.",
+                len(parts),
+            )
+            with self.trainer.precision_plugin.forward_context():
+                scored = held_out_scores(self.model, self._start, support, parts, self._train_anew, self._preprocess)
+                found = list(scored)
+            calibration.reset_thresholds(post_processor)
+            calibration.set_thresholds(post_processor, found, "held-out support")
+
+    def _train_anew(self, model: MvfaModel, views: SupportViewDataset) -> None:
+        """Train a model on support views as this one was, step by step."""
+        datamodule: Any = self.datamodule
+        optimizer = self._optimizer_of(model)
+        loader = train_loader(views, datamodule.train_batch_size, datamodule.seed, num_workers=0)
+        sampler: Any = loader.sampler if isinstance(loader.sampler, DistributedSampler) else loader.batch_sampler
+        for epoch in range(self.trainer.fit_loop.epoch_progress.current.started):
+            sampler.set_epoch(epoch)
+            for batch in loader:
+                moved = self.transfer_batch_to_device(batch, self.device, 0)
+                if isinstance(self.pre_processor, PreProcessor):
+                    self.pre_processor.on_train_batch_start(self.trainer, self, moved, 0)
+                optimizer.zero_grad()
+                self._loss_of(model, moved).backward()
+                optimizer.step()
 
 
 def _no_loss(module: nn.Module) -> torch.Tensor:
@@ -155,6 +213,7 @@ class Mvfa(AdapterTrainingMixin, AnomalibModule):
         bce: str = "logits",
         upsample: str = "logits",
         seed: int = 0,
+        threshold: float | str | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -165,7 +224,7 @@ class Mvfa(AdapterTrainingMixin, AnomalibModule):
             msg = "zero_shot_weight and few_shot_weight are both 0; one branch at least must have weight."
             raise ValueError(msg)
         prompts = Prompts.given(normal_states=normal_states, abnormal_states=abnormal_states, templates=templates)
-        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer, threshold)
         model = build_mvfa(
             str(backbone),
             optional_text(pretrained),

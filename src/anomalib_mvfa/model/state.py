@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from anomalib.data import ImageItem
 
+from ..arguments import differences
 from ..contract import DataFacts
 from .calibration import THRESHOLDS
 from .fusion import Weights
@@ -80,6 +81,7 @@ class FitState:
         is_fitted: Whether a fit has begun: from then on, the settings are those of the fit.
         support: Unfused scores and item of every support image of the last calibration; not saved.
         text_features: Text features ``(E, 2)`` by class name; not saved.
+        differing: Options and settings that are not the loaded checkpoint's, for errors; not saved.
     """
 
     settings: Settings | None = None
@@ -87,6 +89,7 @@ class FitState:
     is_fitted: bool = False
     support: list[tuple[BranchScores, ImageItem]] = field(default_factory=list)
     text_features: dict[str, torch.Tensor] = field(default_factory=dict)
+    differing: str = ""
 
     def to_checkpoint(self, model: MvfaModel) -> dict[str, Any]:
         """Return what a checkpoint needs to know, in plain types."""
@@ -134,17 +137,17 @@ def adapt_state_dict(
     saved: Mapping[str, Any],
     model: MvfaModel,
     settings: Settings,
-) -> None:
+) -> str:
     """Complete a checkpoint's state dict for strict loading by a module with the state dict ``own``.
 
     What other options than those in use now have made is emptied, to be computed anew from the support of the data at
-    hand; a log line says so.
+    hand; a log line says so, and the differing options and settings are returned.
     """
     state.update({key: value for key, value in own.items() if key.startswith(BACKBONE_PREFIX)})
-    changed = [name for name, value in scoring_options(model).items() if saved["options"][name] != value]
-    rescored = [name for name, value in (saved["settings"] or {}).items() if getattr(settings, name) != value]
+    changed = differences(scoring_options(model), saved["options"])
+    rescored = differences(asdict(settings), saved["settings"] or {})
     if not changed and not rescored:
-        return
+        return ""
     emptied = [f"post_processor.{name}" for name in THRESHOLDS]
     what = "thresholds"
     if changed or "class_name" in rescored:
@@ -152,9 +155,11 @@ def adapt_state_dict(
         state.update({key: value.new_empty(0) for key, value in state.items() if key.startswith(BANK_PREFIX)})
         what = "thresholds, memory bank and value ranges"
     state.update({key: torch.full_like(own[key], torch.nan) for key in emptied if key in state})
+    values = ", ".join([*changed.values(), *rescored.values()])
     logger.warning(
-        "The checkpoint was made with other values of %s: %s are computed anew from the support of the data at hand, "
+        "The checkpoint was made with other values, %s: %s are computed anew from the support of the data at hand, "
         "if there is any.",
-        ", ".join([*changed, *rescored]),
+        values,
         what,
     )
+    return values

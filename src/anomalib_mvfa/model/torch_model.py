@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import normalize
 
 from ..arguments import check_arguments, documented
 from .adapters import BRANCHES, BranchAdapters, add_to_stream
@@ -22,6 +21,7 @@ from .anomaly_map import map_maximum, state_probabilities, to_grid, upsample
 from .frozen_cache import FrozenCache
 from .fusion import Weights, fuse
 from .memory_bank import MemoryBank
+from .network import FrozenNetwork
 from .prompts import Prompts
 from .text_alignment import patch_logits, pool_patches
 
@@ -106,7 +106,7 @@ class MvfaModel(nn.Module, metaclass=_FromNames):
     In train mode ``forward`` returns a :class:`TrainingOutput`, in eval mode anomalib's ``InferenceBatch``.
 
     Args:
-        backbone: The frozen network, such as :class:`~anomalib_mvfa.model.backbone.ClipBackbone`.
+        backbone: The frozen network, of :func:`~anomalib_mvfa.model.build.load_backbone`.
         seg_adapters: Adapters of the pixel branch, one per level.
         det_adapters: Adapters of the image branch.
         bank: Empty memory bank.
@@ -132,7 +132,7 @@ class MvfaModel(nn.Module, metaclass=_FromNames):
 
     def __init__(
         self,
-        backbone: Any,  # noqa: ANN401  # networks have no common type
+        backbone: FrozenNetwork,
         seg_adapters: BranchAdapters,
         det_adapters: BranchAdapters,
         bank: MemoryBank,
@@ -157,7 +157,7 @@ class MvfaModel(nn.Module, metaclass=_FromNames):
         self.prompts = prompts or Prompts()
         self.residual_ratio = residual_ratio
         self.residual = residual
-        self.normalize = normalize
+        self.normalize = normalize or backbone.normalizes
         self.pooling = pooling
         self.upsample = upsample
         self.scoring = Scoring()
@@ -219,10 +219,11 @@ class MvfaModel(nn.Module, metaclass=_FromNames):
                 x = self.backbone.blocks(x, self.levels[position - 1], self.levels[position])
             # Out of autocast: features differ in their last digits, which half precision does not keep.
             with torch.autocast(x.device.type, enabled=False), _frozen(seg_adapter, not learn_seg):
-                tokens.seg.append(seg_adapter(x))
-                tokens.det.append(det_adapter(x))
+                seg, det = seg_adapter(x), det_adapter(x)
+                tokens.seg.append(self.backbone.without_registers(seg))
+                tokens.det.append(self.backbone.without_registers(det))
                 if adapted and position < last:
-                    to_stream = seg_adapter.to_stream(tokens.seg[-1]), det_adapter.to_stream(tokens.det[-1])
+                    to_stream = seg_adapter.to_stream(seg), det_adapter.to_stream(det)
                     x = add_to_stream(x, *to_stream, self.residual_ratio, self.residual)
         return tokens
 
@@ -309,9 +310,8 @@ class MvfaModel(nn.Module, metaclass=_FromNames):
         return list(self.cache.tokens(image, lambda new: torch.stack(compute(new)), (half, len(ends))))
 
     def encode_states(self, class_name: str) -> torch.Tensor:
-        """Return the text features ``(E, 2)`` of a class: unit mean of unit embeddings, normal and abnormal."""
-        columns = [self.backbone.encode_text(texts).mean(dim=0) for texts in self.prompts.compose(class_name)]
-        return torch.stack([normalize(column, dim=0) for column in columns], dim=1)
+        """Return the text features ``(E, 2)`` of a class: unit columns, normal and abnormal."""
+        return self.backbone.encode_states(self.prompts.compose(class_name))
 
     def scored_tokens(self, tokens: Tokens, branch: str) -> list[torch.Tensor]:
         """Return per scored level the features ``(B, L, E)`` of a branch that the bank holds or is compared with."""
