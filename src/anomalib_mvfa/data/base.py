@@ -65,7 +65,7 @@ class SplitDataModule(AnomalibDataModule):
         check_bounds("eval_batch_size", eval_batch_size, 1)
         check_bounds("seed", seed, 0)
         super().__init__(
-            train_batch_size,  # type: ignore[arg-type]  # read below alone
+            train_batch_size,  # type: ignore[arg-type]  # the property below replaces None
             eval_batch_size,
             num_workers,
             train_augmentations=train_augmentations,
@@ -86,6 +86,16 @@ class SplitDataModule(AnomalibDataModule):
         """The tested source's class name for prompts, by default its category."""
         return class_name_of_data(self.sources[0])
 
+    @property
+    def train_batch_size(self) -> int:
+        """Images in a training batch: as given, else the model's, else `BATCH_SIZE`."""
+        model = getattr(self.trainer, "lightning_module", None)
+        return self._train_batch_size or getattr(model, "BATCH_SIZE", None) or self.BATCH_SIZE
+
+    @train_batch_size.setter
+    def train_batch_size(self, value: int | None) -> None:
+        self._train_batch_size = value
+
     def prepare_data(self) -> None:
         """Download the sources' data if they do so."""
         for source in self.sources:
@@ -100,9 +110,7 @@ class SplitDataModule(AnomalibDataModule):
         """Return a loader of training images, reshuffled every epoch."""
         # The support is small and its views are kept in memory, which workers would not share.
         num_workers = self.num_workers if getattr(self, "support", None) is None else 0
-        model = getattr(self.trainer, "lightning_module", None)
-        batch_size = self.train_batch_size or getattr(model, "BATCH_SIZE", None) or self.BATCH_SIZE
-        return train_loader(self.train_data, batch_size, self.seed, num_workers)
+        return train_loader(self.train_data, self.train_batch_size, self.seed, num_workers)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Return a loader that shows every validation image once, or none when there is no image."""
