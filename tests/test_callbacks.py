@@ -86,10 +86,10 @@ def test_a_run_that_is_told_to_end_does_not_look_finished(tiny_config, phantom_r
 
 
 @pytest.mark.parametrize(
-    ("kind", "step"),
-    [(Mvfa, "training_step"), (Mkd, "training_step"), (Dra, "test_step")],
+    ("kind", "step", "batch_size"),
+    [(Mvfa, "training_step", 1), (Mkd, "training_step", 64), (Dra, "test_step", 32)],
 )
-def test_advice_names_what_is_in_use(monkeypatch, build, engine, data, caplog, kind, step):
+def test_advice_names_what_is_in_use(monkeypatch, build, engine, data, caplog, kind, step, batch_size):
     model = build(kind)
 
     def fail(*_, **__):
@@ -99,7 +99,7 @@ def test_advice_names_what_is_in_use(monkeypatch, build, engine, data, caplog, k
     monkeypatch.setattr(model, step, fail)
     with caplog.at_level(logging.ERROR, "anomalib.mvfa"), pytest.raises(torch.OutOfMemoryError, match="CUDA out of"):
         engine().train(model, datamodule=data)
-    assert f"{ADVICE} (Now: cpu, train_batch_size=1, eval_batch_size=7.)" in caplog.text
+    assert f"{ADVICE} (Now: cpu, train_batch_size={batch_size}, eval_batch_size=7.)" in caplog.text
 
 
 @pytest.mark.parametrize(("kind", "by_loader"), [(Mvfa, True), (Mkd, False), (Dra, False)])

@@ -65,6 +65,7 @@ def check_leave_one_out(cli):
     assert (settings.few_shot_weight, settings.calibration) == (0, "none")
     assert settings.image_score == "det_mean"
     assert learning_rates(cli) == {1e-4}
+    assert data.train_batch_size == 1
     assert [part.class_name for part in data.train_data.parts] == [
         category.class_name for name, category in CATEGORIES.items() if name != "Liver"
     ]
@@ -81,6 +82,14 @@ def check_mvfa_paper_losses(cli):
     assert (model.scoring.normalised, model.scoring.image_score) == (False, "det_max")
     assert model.ranges.isnan().all()
     assert cli.model.settings.few_shot_weight == 0.5
+    assert (learning_rates(cli), cli.datamodule.train_batch_size) == ({1e-3}, 16)
+
+
+def check_mvfa_paper_losses_leave_one_out(cli):
+    model = cli.model.model
+    assert (model.residual, model.pooling, model.upsample) == ("single", "max", "probabilities")
+    assert (cli.model.loss.bce, cli.model.settings.image_score) == ("plain", "det_max")
+    assert (learning_rates(cli), cli.datamodule.train_batch_size) == ({1e-3}, 16)
 
 
 def check_mvtec(cli):
@@ -165,6 +174,7 @@ CASES = {
     "few_shot": Case(check_few_shot, SHORT),
     "leave_one_out": Case(check_leave_one_out, SHORT),
     "mvfa_paper_losses": Case(check_mvfa_paper_losses, SHORT),
+    "mvfa_paper_losses_leave_one_out": Case(check_mvfa_paper_losses_leave_one_out, SHORT),
     "mvtec": Case(check_mvtec, SHORT),
     "own_data": Case(check_own_data, {**SHORT, "data.group_by": r"/(p\d+)_[^/]*$"}),
     "scans": Case(check_scans, SHORT),

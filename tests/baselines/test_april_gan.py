@@ -3,6 +3,8 @@
 Axes: B images, L tokens (class token first), D width of the image tower, E joint width, H = W image size, l level.
 """
 
+import inspect
+
 import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -23,7 +25,7 @@ LABELS = torch.tensor([0, 1, 1])
 
 @pytest.fixture
 def model(tiny_config):
-    model = AprilGan(str(tiny_config), None, SIZE, visualizer=False).model.eval()
+    model = AprilGan(str(tiny_config), None, SIZE, normalize=False, visualizer=False).model.eval()
     features = torch.randn(TINY.config["embed_dim"], 2, generator=torch.Generator().manual_seed(1))
     model.text_features.copy_(torch.nn.functional.normalize(features, dim=0))
     return model
@@ -60,7 +62,8 @@ def test_scores(model, stream, views, pictures, weights, map_branch, image_score
 
     text = model.text_features
     query = stream(model, pictures["query"])
-    few = by_hand.few_map(query, stream(model, pictures["bank"]), SIZE)  # of the frozen stream, whatever the branch
+    bank = [x[:, 1:] for x in stream(model, pictures["normal"])]  # of the frozen stream, whatever the branch
+    few = by_hand.few_map(query, bank, SIZE)
     maps = [by_hand.seg_map(by_hand.logits(x, text), SIZE) for x in projected(model, query, map_branch)]
     expected = by_hand.fused(sum(maps) / 4, few, weights, None)
     score = expected.flatten(1).max(dim=1).values
@@ -74,7 +77,7 @@ def test_scores(model, stream, views, pictures, weights, map_branch, image_score
 @torch.no_grad()
 def test_the_bank_holds_the_frozen_stream_and_finds_its_own_rows(model, stream, views, pictures):
     fill_bank(model, views)
-    rows = torch.stack(stream(model, pictures["bank"]))
+    rows = torch.stack(stream(model, pictures["normal"]))[:, :, 1:]  # of unchanged views, without class tokens
     assert (model.bank.seg - by_hand.unit(rows).flatten(1, 2)).abs().max() < 1e-5  # (l, M, D)
     model.scoring = Scoring("seg", "map_max", Weights(0.0, 1.0), normalised=False)
     assert model(pictures["normal"]).anomaly_map.max() < 1e-6
@@ -130,7 +133,7 @@ def test_leave_one_out_has_no_bank_and_trains_with_each_class_name(make, categor
     engine().train(model, datamodule=data)
     assert set(encoded) == {"Chest X-ray film", "Brain"}
     assert model.model.bank.seg.numel() == model.model.bank.det.numel() == 0
-    assert model.settings.learning_rate == 1e-4
+    assert model.settings.learning_rate == 1e-3
     torch.testing.assert_close(model.model.text_features, model.model.encode_states("Brain"))
 
 
@@ -138,3 +141,11 @@ def test_class_name_is_that_of_the_data_unless_given(make, few_shot, engine):
     model = make(class_name="head")
     engine().test(model, datamodule=few_shot(), verbose=False)
     torch.testing.assert_close(model.model.text_features, model.model.encode_states("head"))
+
+
+def test_defaults_are_the_authors():
+    """As in their train.sh and test_few_shot.sh."""
+    defaults = {name: value.default for name, value in inspect.signature(AprilGan).parameters.items()}
+    found = {name: defaults[name] for name in ("image_size", "normalize", "learning_rate", "calibration")}
+    assert found == {"image_size": 518, "normalize": True, "learning_rate": 1e-3, "calibration": "none"}
+    assert AprilGan.BATCH_SIZE == 8

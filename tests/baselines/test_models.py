@@ -18,6 +18,7 @@ from anomalib import LearningType
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.engine import Engine
 from anomalib.models.components import AnomalibModule
+from torchvision.models import get_model_weights
 
 from anomalib_mvfa import AprilGan, Bgad, BMADFewShot, BrainPhantom, Clip, Dra, MedClip, Mkd, Mvfa, WinClipBaseline
 from anomalib_mvfa.baselines import mkd
@@ -251,6 +252,15 @@ def test_every_argument_is_documented(kind):
 def test_unknown_values_are_refused_before_weights_load(kind, arguments, message):
     with pytest.raises(ValueError, match=message):
         kind(**{"backbone": "no such backbone", **arguments})
+
+
+def test_default_weights_are_the_authors():
+    """BGAD's were those of timm's first tf_efficientnet_b6, DRA's and MKD's those of torchvision."""
+    named = {kind: inspect.signature(kind).parameters["backbone"].default for kind in (Bgad, Dra, Mkd)}
+    assert named == {Bgad: "tf_efficientnet_b6.aa_in1k", Dra: "resnet18.tv_in1k", Mkd: "vgg16"}
+    files = [timm.get_pretrained_cfg(named[kind]).url.rpartition("/")[2] for kind in (Bgad, Dra)]
+    assert files == ["tf_efficientnet_b6_aa-80ba17e4.pth", "resnet18-f37072fd.pth"]
+    assert get_model_weights("vgg16").IMAGENET1K_V1.url.endswith("/vgg16-397923af.pth")  # as MKD names it
 
 
 @pytest.mark.parametrize(("kind", "loader"), [(Mkd, "mkd.get_model"), (Dra, "base.TimmFeatureExtractor")])

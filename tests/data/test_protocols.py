@@ -3,6 +3,7 @@
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -318,6 +319,8 @@ def test_training_shows_every_view_once_an_epoch(phantom_root):
     data = ready(BMADFewShot(phantom_root, k_shot=1, augmentations=RESIZE, num_workers=0, seed=5))
     loader = data.train_dataloader()
     assert loader.batch_size == 1
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(BATCH_SIZE=8))
+    assert data.train_dataloader().batch_size == 8  # the model's own
     orders = []
     for epoch in range(2):
         loader.sampler.set_epoch(epoch)

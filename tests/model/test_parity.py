@@ -13,12 +13,14 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from anomalib_mvfa.contract import LEAVE_ONE_OUT
 from anomalib_mvfa.data.augmentation import VIEWS, view
 from anomalib_mvfa.data.bmad import CATEGORIES
 from anomalib_mvfa.model import backbone
 from anomalib_mvfa.model.build import build_mvfa
 from anomalib_mvfa.model.calibration import SupportBatch, fill_bank, set_ranges
 from anomalib_mvfa.model.fusion import Weights
+from anomalib_mvfa.model.lightning_model import BETAS
 from anomalib_mvfa.model.losses import MvfaLoss, dice_loss, focal_loss
 from anomalib_mvfa.model.torch_model import Scoring
 from anomalib_mvfa.model.weights import load_adapters
@@ -212,6 +214,43 @@ def test_one_epoch(mini, model, data, kind):
     for key in trained:
         mini.check(key, weights[key.rsplit("/", 1)[-1]][::8, ::8], 1e-4)
     check_scores(mini, f"train_{kind}", model, data, views(data.normal), 5e-5)
+
+
+def test_leave_one_out(mini_model, model):
+    """Two epochs of the published ``train_zero.py`` over data sets with and without masks, by our defaults.
+
+    Its loop was run as it is, on the tiny CLIP with the recipe's adapters, in the order of its own shuffles.
+    """
+    figures = json.loads((FIGURES / "leave_one_out.json").read_text())
+    image, mask, label, name = [], [], [], []
+    for category in ("Brain", "Liver", "Chest"):
+        abnormal, lesion = lesioned(f"zero/{category}/abnormal", 2, MINI.image_size)
+        image += [*images(f"zero/{category}/normal", 2, MINI.image_size), *abnormal]
+        mask += [*torch.zeros_like(lesion), *lesion]
+        label += [0, 0, 1, 1]
+        name += [category] * 4
+    text = {category: mini_model.encode_states(CLASS_NAMES[category]) for category in name}
+    groups = [
+        {"params": [p for p in b.parameters() if p.requires_grad]} for b in (model.seg_adapters, model.det_adapters)
+    ]
+    adam = torch.optim.Adam(groups, lr=LEAVE_ONE_OUT.learning_rate, betas=BETAS)
+    before = {key: value.clone() for key, value in model.state_dict().items() if "adapters" in key}
+    losses = []
+    model.train()
+    for row in figures["order"]:
+        with_seg = CATEGORIES[name[row]].has_masks
+        maps, scores = model(image[row][None], text[name[row]], with_seg)
+        loss = MvfaLoss()(maps, scores, mask[row][None], torch.tensor(label[row : row + 1]))
+        adam.zero_grad()
+        loss.backward()
+        if not with_seg:  # as AdapterTrainingMixin does it
+            for parameter in model.seg_adapters.parameters():
+                parameter.grad = None
+        adam.step()
+        losses.append(loss.item())
+    assert losses == pytest.approx(figures["loss"], rel=1e-5)
+    moved = {key: (model.state_dict()[key] - value).norm().item() for key, value in before.items()}
+    assert moved == pytest.approx(figures["moved"], rel=1e-3)
 
 
 # ---------------------------------------------------------------------- ViT-L

@@ -3,7 +3,7 @@
 Axes: B images, L tokens (class token first), D width of the image tower, E joint width, l level.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from anomalib.metrics import Evaluator
@@ -21,8 +21,18 @@ from ..model.torch_model import Tokens
 from .clip import StreamModel
 
 
+class PatchBank(MemoryBank):
+    """A bank without class tokens."""
+
+    def store(self, branch: str, tokens: Iterable[torch.Tensor]) -> None:
+        """Replace a branch's rows by those of patches, of tokens ``(N, L, D)`` per level."""
+        super().store(branch, (level[:, 1:] for level in tokens))
+
+
 class AprilGanModel(StreamModel):
     """One linear layer ("linear" adapter) per level and branch, from the frozen stream to text features."""
+
+    bank_of_views = False
 
     def _joint_tokens(self, tokens: Tokens, branch: str, position: int) -> torch.Tensor:
         x = tokens.of(branch)[position]  # (B, L, D)
@@ -35,23 +45,28 @@ class AprilGanModel(StreamModel):
 class AprilGan(AdapterTrainingMixin, AnomalibModule):
     """April-GAN: linear layers fit frozen features of CLIP to prompts; a memory bank holds the features as they are.
 
-    What is None follows the data's protocol; the values in use are logged and saved with checkpoints. Errors are those
-    of :class:`~anomalib_mvfa.model.lightning_model.Mvfa`.
+    The maps of both branches are added as they are. What is None follows the data's protocol; the values in use are
+    logged and saved with checkpoints. Errors are those of :class:`~anomalib_mvfa.model.lightning_model.Mvfa`.
+
+    Args:
+        learning_rate: Learning rate of Adam.
     """
 
+    IMAGE_SIZE = 518
+    BATCH_SIZE = 8
     checkpoint_key = "april_gan"
 
     def __init__(
         self,
         backbone: str = DEFAULT_BACKBONE,
         pretrained: str | None = DEFAULT_PRETRAINED,
-        image_size: int = 240,
+        image_size: int = IMAGE_SIZE,
         levels: Sequence[int] | None = None,
         class_name: str | None = None,
         quick_gelu: bool = False,
-        normalize: bool = False,
-        calibration: str = "support",
-        learning_rate: float | None = None,
+        normalize: bool = True,
+        calibration: str = "none",
+        learning_rate: float = 1e-3,
         max_epochs: int = 50,
         bank_images: int = 16,
         seed: int = 0,
@@ -67,7 +82,7 @@ class AprilGan(AdapterTrainingMixin, AnomalibModule):
         clip = load_backbone(backbone, pretrained, image_size, quick_gelu)
         levels = check_levels(levels, clip.depth)
         seg, det = new_adapters(len(levels), clip, "linear", seed)
-        model = AprilGanModel(clip, seg, det, MemoryBank(), levels, normalize=normalize)
+        model = AprilGanModel(clip, seg, det, PatchBank(), levels, normalize=normalize)
         settings = Settings(class_name=class_name, learning_rate=learning_rate, calibration=calibration)
         self._init_state(model, settings, seed, bank_images, max_epochs)
         self.loss = MvfaLoss()

@@ -139,7 +139,12 @@ def loading_weights(backbone: str) -> Iterator[None]:
 
 @contextmanager
 def drawn_from(seed: int) -> Iterator[None]:
-    """Draw initial weights from a seed, and leave torch's own draws as they were."""
+    """Draw from a seed, and leave torch's and NumPy's own draws as they were."""
+    state = np.random.get_state()  # noqa: NPY002  # SciPy draws rotations from it
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed GPUs too, and for good
-        yield
+        np.random.seed(seed)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            np.random.set_state(state)  # noqa: NPY002

@@ -4,6 +4,7 @@ Axes: B images, D channels, H = W image size, h = w positions of features, N pos
 positional encodings, l level.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,6 @@ from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, TimmFeatureExtractor
 from anomalib.models.image.cflow.utils import cflow_head, get_logp, positional_encoding_2d
 from anomalib.visualization import Visualizer
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.nn.functional import interpolate, logsigmoid
 
@@ -21,6 +21,7 @@ from ..arguments import DEFAULT_PRETRAINED, check_arguments, documented
 from .base import TrainedBaseline, drawn_from, standardise, timm_features
 
 NORMALIZER = 10.0  # the authors' unit of log-likelihoods per channel, in which margins are measured
+META_EPOCHS, WARM_META_EPOCHS = 25, 2  # of the learning rate's schedule: parts of the training, and the first of them
 
 
 def likelihood_loss(log_likelihood: torch.Tensor, abnormal: torch.Tensor) -> torch.Tensor:
@@ -30,7 +31,7 @@ def likelihood_loss(log_likelihood: torch.Tensor, abnormal: torch.Tensor) -> tor
 
 
 def boundary_loss(log_likelihood: torch.Tensor, abnormal: torch.Tensor, share: float, margin: float) -> torch.Tensor:
-    """Semi-push-pull loss: mean distances to the boundary of positions ``(N,)`` on the wrong side of it.
+    """Semi-push-pull loss: mean distances to the boundary of positions ``(N,)`` on it or on the wrong side.
 
     A share of the normal positions is below the boundary, which is their wrong side; the right side of abnormal ones
     begins a margin below it. Distances are in units of `NORMALIZER`. There must be positions of each kind.
@@ -38,12 +39,22 @@ def boundary_loss(log_likelihood: torch.Tensor, abnormal: torch.Tensor, share: f
     value = log_likelihood / NORMALIZER
     normal, odd = value[~abnormal], value[abnormal]
     boundary = normal.detach().sort().values[int(share * len(normal))]
-    return _mean_of_positive(boundary - normal) + _mean_of_positive(odd - (boundary - margin))
+    wrong = [distance[distance >= 0] for distance in (boundary - normal, odd - (boundary - margin))]
+    return sum((distance.sum() / max(len(distance), 1) for distance in wrong), value.new_zeros(()))
 
 
-def _mean_of_positive(distance: torch.Tensor) -> torch.Tensor:
-    # The boundary is one of the positions and its distance 0, where torch versions differ on the gradient of clamp.
-    return distance.relu().sum() / (distance > 0).sum().clamp(min=1)
+def rate_share(epoch: int, batch_idx: int, epochs: int) -> float:
+    """Return the share of the learning rate that a batch has: a warm-up along a line, then a cosine in steps."""
+
+    def cosine(part: int) -> float:
+        return 1e-3 + (1 - 1e-3) * (1 + math.cos(math.pi * part / META_EPOCHS)) / 2
+
+    part = epoch * META_EPOCHS // epochs
+    if part >= WARM_META_EPOCHS:
+        return cosine(part)
+    # The authors take every epoch for two batches: they count their data loaders, which are two.
+    warmed = min(1.0, (epoch + batch_idx / 2) * META_EPOCHS / (WARM_META_EPOCHS * epochs))
+    return 0.1 + warmed * (cosine(WARM_META_EPOCHS) - 0.1)
 
 
 class BgadModel(nn.Module):
@@ -61,8 +72,8 @@ class BgadModel(nn.Module):
         super().__init__()
         self.condition_vector = condition_vector
         self.backbone = backbone.requires_grad_(False)
-        flows = [cflow_head(condition_vector, coupling_blocks, clamp_alpha, width) for width in backbone.out_dims]
-        self.flows = nn.ModuleList(flows)
+        settings = condition_vector, coupling_blocks, clamp_alpha
+        self.flows = nn.ModuleList([cflow_head(*settings, width, permute_soft=True) for width in backbone.out_dims])
         self.register_buffer("top", torch.zeros(len(self.flows)))
 
     def forward(self, image: torch.Tensor) -> InferenceBatch:
@@ -106,17 +117,17 @@ class Bgad(TrainedBaseline, AnomalibModule):
     It trains on one device. Normal images alone teach it the likelihood, and nothing else.
 
     Args:
-        backbone: Timm's name of a convolutional network; it is frozen.
+        backbone: Timm's name of a convolutional network, with the tag of its weights; it is frozen.
         layers: Layers of the backbone, by timm's names.
         condition_vector: P, the width of positional encodings, a multiple of 4.
         coupling_blocks: Number of coupling blocks of each flow.
         clamp_alpha: Bound of the couplings' scales.
-        fiber_batch_size: Number of a level's positions in a step.
+        fiber_batch_size: Number of a level's positions in a step; fewer are left out, unless a batch has no more.
         boundary_share: Share of normal positions below the boundary.
         margin: Distance of abnormal positions from the boundary; 0.1 is a log-likelihood of 1 per channel.
         boundary_weight: Weight of the loss at the boundary.
-        warmup_epochs: First epochs, in which the likelihood of normal positions is all that counts.
-        learning_rate: Learning rate of Adam; it falls to 0 along a cosine.
+        warmup_epochs: First epochs, in which the likelihood of normal images is all that counts.
+        learning_rate: Learning rate of Adam, see :func:`~anomalib_mvfa.baselines.bgad.rate_share`.
 
     Raises:
         ValueError: An argument has no such value, abnormal training images have no masks, or devices are several.
@@ -124,12 +135,13 @@ class Bgad(TrainedBaseline, AnomalibModule):
     """
 
     IMAGE_SIZE = 256
+    BATCH_SIZE = 32
     normal_only_warning = "BGAD learns no boundary. Use a FewShot datamodule on data with masks."
     model: BgadModel
 
     def __init__(
         self,
-        backbone: str = "tf_efficientnet_b6",
+        backbone: str = "tf_efficientnet_b6.aa_in1k",
         layers: Sequence[str] = ("blocks.1", "blocks.2", "blocks.4"),
         pre_trained: bool | str = DEFAULT_PRETRAINED is not None,
         image_size: int = IMAGE_SIZE,
@@ -175,33 +187,40 @@ class Bgad(TrainedBaseline, AnomalibModule):
             msg = f"Bgad trains on one device, and there are {self.trainer.world_size}. Set devices to 1."
             raise ValueError(msg)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return Adam over the flows, and its schedule."""
-        optimizer = torch.optim.Adam(self.model.flows.parameters(), lr=self.learning_rate)
-        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)]
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return Adam over the flows."""
+        return torch.optim.Adam(self.model.flows.parameters(), lr=self.learning_rate)
 
     def on_train_epoch_start(self) -> None:
         """Forget the highest likelihood: the flows have changed since."""
         self.model.top.fill_(-torch.inf)
 
     def training_step(self, batch: ImageBatch, batch_idx: int, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
-        """Take the steps of a batch, over all positions of each level in random order."""
+        """Take the steps of a batch, over the positions of each level in random order."""
         del args, kwargs
-        image = torch.as_tensor(batch.image)
-        if batch.gt_mask is None and torch.as_tensor(batch.gt_label).any():
+        image, label = torch.as_tensor(batch.image), torch.as_tensor(batch.gt_label).bool()
+        if batch.gt_mask is None and label.any():
             msg = (
                 f"Bgad learns abnormal positions from masks, and the data of {self.facts.class_name} have none. Choose "
                 "data with masks (of BMAD: Brain, Liver or Retina_RESC), abnormal_shots=0, or Dra, AprilGan or Mvfa."
             )
             raise ValueError(msg)
         mask = image.new_zeros(len(image), *image.shape[-2:]) if batch.gt_mask is None else batch.gt_mask
+        if self.current_epoch < self.warmup_epochs:
+            image, mask = image[~label], mask[~label]
+        if not len(image):
+            return
+        optimizer: Any = self.optimizers()
+        share = rate_share(self.current_epoch, batch_idx, self.epochs)
+        optimizer.param_groups[0]["lr"] = share * self.learning_rate
         order = self.step_rng(batch_idx)
         losses = []
         for level, x in enumerate(self.model.features(image)):
             rows, condition = self.model.positions(x)
             abnormal = interpolate(mask.unsqueeze(1).float(), size=x.shape[-2:], mode="nearest").flatten() > 0
             shuffled = torch.from_numpy(order.permutation(len(rows))).to(x.device)
-            for chosen in shuffled.split(self.fiber_batch_size):
+            full = len(rows) // self.fiber_batch_size * self.fiber_batch_size
+            for chosen in shuffled[: full or None].split(self.fiber_batch_size):
                 value = self.model.log_likelihood(level, rows[chosen], condition[chosen])
                 losses.append(self._take_step(level, value, abnormal[chosen]))
         self.log_loss(torch.stack(losses).mean(), batch)
@@ -209,18 +228,13 @@ class Bgad(TrainedBaseline, AnomalibModule):
     def _take_step(self, level: int, value: torch.Tensor, abnormal: torch.Tensor) -> torch.Tensor:
         """Take one step by the likelihoods of a level's positions, and return their loss."""
         loss = likelihood_loss(value, abnormal)
-        if self.current_epoch >= self.warmup_epochs and abnormal.any() and not abnormal.all():
+        if abnormal.any() and not abnormal.all():
             loss = loss + self.boundary_weight * boundary_loss(value, abnormal, self.boundary_share, self.margin)
         optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)  # as in the authors' torch: other levels move on by momentum
         self.manual_backward(loss)
         optimizer.step()
         normal = value.detach()[~abnormal]
         if len(normal):
             self.model.top[level] = torch.maximum(self.model.top[level], normal.max())
         return loss.detach()
-
-    def on_train_epoch_end(self) -> None:
-        """Lower the learning rate."""
-        schedule: Any = self.lr_schedulers()
-        schedule.step()

@@ -14,7 +14,9 @@ from anomalib.models.components import AnomalibModule, DynamicBufferMixin, TimmF
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import nn
-from torch.nn.functional import avg_pool2d, interpolate
+from torch.nn.functional import interpolate
+from torchvision.transforms.v2 import ColorJitter, InterpolationMode
+from torchvision.transforms.v2.functional import rotate
 
 from ..arguments import DEFAULT_PRETRAINED, check_arguments, check_bounds, documented
 from .base import TrainedBaseline, drawn_from, standardise, timm_features
@@ -24,7 +26,9 @@ NORMAL, SEEN, PSEUDO = 0, 1, 2  # kinds of training images; the first two are an
 SCALES = 2  # of an image: as it is, and halved
 MIN_SIZE = 128  # smallest height and width of images, which halved give 2 x 2 positions with a stride of 32
 HIDDEN = 256  # width of the normality head
-AREA, ASPECT = (0.02, 0.15), (0.3, 3.3)  # bounds of a pasted patch's share of the image, and of its height by width
+AREA, ASPECT = (0.02, 0.15), (0.3, 1 / 0.3)  # bounds of a pasted patch's share of the image, and of its height by width
+JITTER = ColorJitter(0.1, 0.1, 0.1, 0.1)  # of its colours
+LARGEST_GRADIENT = 1.0  # norm to which gradients are cut
 
 
 def deviation_loss(score: torch.Tensor, abnormal: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -43,16 +47,22 @@ def top_mean(patches: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def cut_mix(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Return a pseudo anomaly of each image ``(B, 3, H, W)``: a patch of the next one, pasted to another place."""
+    """Return a pseudo anomaly of each image ``(B, 3, H, W)``: a patch in other colours, pasted to another place."""
     pasted = image.clone()
     height, width = image.shape[-2:]
-    for row, source in enumerate(image.roll(-1, dims=0)):
+    for row, source in enumerate(image):
         area, aspect = rng.uniform(*AREA) * height * width, np.exp(rng.uniform(*np.log(ASPECT)))
-        h = int(np.clip((area * aspect) ** 0.5, 1, height - 1))
-        w = int(np.clip((area / aspect) ** 0.5, 1, width - 1))
-        (top, left), (y, x) = rng.integers(0, (height - h + 1, width - w + 1), size=(2, 2))
-        pasted[row, :, y : y + h, x : x + w] = source[:, top : top + h, left : left + w]
+        h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        (top, left), (y, x) = rng.integers(0, (height - h, width - w), size=(2, 2))
+        with drawn_from(int(rng.integers(2**31))):
+            pasted[row, :, y : y + h, x : x + w] = JITTER(source[:, top : top + h, left : left + w])
     return pasted
+
+
+def turned(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Return images ``(B, 3, H, W)``, each turned by any angle; what lies beyond is black."""
+    angles = rng.uniform(-180, 180, len(image)).tolist()
+    return torch.stack([rotate(one, angle) for one, angle in zip(image, angles, strict=True)])
 
 
 class Head(nn.Sequential):
@@ -105,7 +115,8 @@ class DraModel(DynamicBufferMixin):
     def features(self, image: torch.Tensor) -> list[torch.Tensor]:
         """Return per scale features ``(B, D, h, w)`` of images in [0, 1]."""
         image = standardise(image)
-        return [next(iter(self.backbone(avg_pool2d(image, 2**scale)).values())) for scale in range(SCALES)]
+        scales = [image[..., :: 2**scale, :: 2**scale] for scale in range(SCALES)]
+        return [next(iter(self.backbone(scale).values())) for scale in scales]
 
     def head_scores(self, features: list[torch.Tensor], references: list[torch.Tensor]) -> tuple[Any, ...]:
         """Return normality ``(B,)`` by features and references per scale, and anomalies per scale ``(B, h, w)``."""
@@ -148,11 +159,12 @@ class Dra(TrainedBaseline, AnomalibModule):
     """DRA: learns from labelled anomalies, pseudo anomalies made of normal images, and differences from normal images.
 
     Args:
-        backbone: Timm's name of a convolutional network with a stride of 32; it is trained.
+        backbone: Timm's name, with the tag of its weights, of a convolutional network with stride 32; it is trained.
         image_size: Height and width in pixels to which images are resized, at least 128.
-        references: Largest number of normal images that the residual head compares with.
+        references: Largest number of normal images that the residual head compares with. Those of training are drawn
+            anew for each step, and half of them are pseudo anomalies; those of scores stay the same.
         top_share: Share of the positions, the highest, whose mean is an image's score.
-        learning_rate: Learning rate of Adam, a tenth after each third of the training.
+        learning_rate: Learning rate of Adam, a tenth after 9, 19 and 29 of 30 parts of the training.
 
     Raises:
         ValueError: An argument has no such value, or the data have no normal training image.
@@ -160,18 +172,20 @@ class Dra(TrainedBaseline, AnomalibModule):
     """
 
     IMAGE_SIZE = 448
+    INTERPOLATION = InterpolationMode.BILINEAR
+    BATCH_SIZE = 32  # with as many pseudo anomalies as normal images, the authors' 48
     normal_only_warning = "DRA's head of seen anomalies learns nothing. Use a FewShot datamodule."
     model: DraModel
 
     def __init__(
         self,
-        backbone: str = "resnet18",
+        backbone: str = "resnet18.tv_in1k",
         pre_trained: bool | str = DEFAULT_PRETRAINED is not None,
         image_size: int = IMAGE_SIZE,
         references: int = 5,
         top_share: float = 0.1,
         learning_rate: float = 2e-4,
-        max_epochs: int = 30,
+        max_epochs: int = 200,
         seed: int = 0,
         threshold: float | str | None = None,
         pre_processor: nn.Module | bool = True,
@@ -188,15 +202,22 @@ class Dra(TrainedBaseline, AnomalibModule):
         self.learning_rate = learning_rate
         self.max_epochs = max_epochs
         self.seed = seed
-        self._reference_images = torch.empty(0)
+        self._reference_images, self._normal = torch.empty(0), np.empty(0, int)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return Adam over everything, and a schedule of three steps."""
         optimizer = torch.optim.Adam(self.model.parameters(), lr=self.learning_rate, weight_decay=1e-5)
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, max(1, self.epochs // 3), gamma=0.1)]
+        epochs = self.epochs
+        fall = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: 0.1 ** ((30 * at + epochs) // (10 * epochs)))
+        return [optimizer], [fall]
+
+    def configure_gradient_clipping(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
+        """Cut gradients to the authors' norm, whatever the trainer's."""
+        del args, kwargs
+        nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_GRADIENT)
 
     def on_train_start(self) -> None:
-        """Draw the references, and process them as images to be scored."""
+        """Draw the references of scores, and process them as images to be scored."""
         data = self.dataset("train")
         samples = getattr(data, "samples", None)
         normal = np.flatnonzero([] if samples is None else samples.label_index == LabelName.NORMAL)
@@ -206,18 +227,26 @@ class Dra(TrainedBaseline, AnomalibModule):
                 "FewShot datamodule, or another one of anomalib's."
             )
             raise ValueError(msg)
-        chosen = np.random.default_rng(self.seed).permutation(normal)[: self.references]
-        transform = getattr(self.pre_processor, "transform", None) or nn.Identity()
-        # Of few-shot views, the first ones are the images themselves.
-        self._reference_images = torch.stack([transform(data[row].image) for row in sorted(chosen)]).to(self.device)
+        self._normal = normal
+        self._reference_images = self._drawn(np.random.default_rng(self.seed))
+
+    def _drawn(self, rng: np.random.Generator) -> torch.Tensor:
+        """Return normal training images ``(N, 3, H, W)``, processed as images to be scored."""
+        rows = sorted(rng.permutation(self._normal)[: self.references])
+        data, transform = self.dataset("train"), getattr(self.pre_processor, "transform", None) or nn.Identity()
+        return torch.stack([transform(data[row].image) for row in rows]).to(self.device)
 
     def training_step(self, batch: ImageBatch, batch_idx: int, *args, **kwargs) -> STEP_OUTPUT:  # noqa: ANN002, ANN003
         """Return the loss of a batch with its pseudo anomalies."""
         del args, kwargs
+        rng = self.step_rng(batch_idx)
         image, label = torch.as_tensor(batch.image), torch.as_tensor(batch.gt_label).long()
-        pseudo = cut_mix(image[label == LabelName.NORMAL], self.step_rng(batch_idx))
+        pseudo = cut_mix(image[label == LabelName.NORMAL], rng)
         kind = torch.cat([label, label.new_full((len(pseudo),), PSEUDO)])
-        loss = self.model.loss(torch.cat([image, pseudo]), kind, self._reference_images)
+        reference = self._drawn(rng)
+        odd = torch.from_numpy(rng.random(len(reference)) < 0.5)
+        reference[odd] = cut_mix(reference[odd], rng)
+        loss = self.model.loss(turned(torch.cat([image, pseudo]), rng), kind, turned(reference, rng))
         self.log_loss(loss, batch)
         return loss
 

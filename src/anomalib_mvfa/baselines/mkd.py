@@ -12,6 +12,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torch.nn.functional import cosine_similarity, max_pool2d
 from torchvision.models import get_model
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import pad
 
 from ..arguments import DEFAULT_PRETRAINED, check_arguments, check_bounds, check_choice, documented
 from ..model.weights import RANDOM_SEED, load_state, read_state
@@ -20,6 +22,8 @@ from .base import TrainedBaseline, checked_path, drawn_from, loading_weights
 NARROW = 16  # channels of the student's convolutions that are not compared with the teacher's
 SCORED = 3  # number of blocks, the last ones, that make up a score; in training the second one counts too
 SIGMA = 4  # standard deviation of the blur of maps, in pixels
+REACH = 4 * SIGMA  # of the blur, in pixels
+TOP = 0.99  # quantile of an image's saliency at which it is cut
 MIN_SIZE = 32  # smallest height and width of images, which five poolings halve
 
 
@@ -30,6 +34,14 @@ def discrepancy(student: torch.Tensor, teacher: torch.Tensor, value_weight: floa
     return direction + value_weight * (student - teacher).square().mean(dim=1)
 
 
+def scaled(saliency: torch.Tensor) -> torch.Tensor:
+    """Cut each image's saliency ``(B, H, W)`` at its 99th percentile, and scale it to [0, 1]."""
+    flat = saliency.flatten(1)
+    low, high = flat.amin(dim=1), torch.stack([one.quantile(TOP) for one in flat])
+    span = (high - low).clamp(min=torch.finfo(flat.dtype).tiny)
+    return ((saliency - low[:, None, None]) / span[:, None, None]).clamp(0, 1)
+
+
 def opening(maps: torch.Tensor) -> torch.Tensor:
     """Open maps ``(B, 1, H, W)`` by a cross of 3 x 3 pixels, which opens the regions above every threshold at once."""
     return _dilate(-_dilate(-maps))
@@ -38,6 +50,17 @@ def opening(maps: torch.Tensor) -> torch.Tensor:
 def _dilate(maps: torch.Tensor) -> torch.Tensor:
     column, row = (max_pool2d(maps, kernel, 1, [side // 2 for side in kernel]) for kernel in ([3, 1], [1, 3]))
     return torch.maximum(column, row)
+
+
+class GuidedReLU(nn.ReLU):
+    """A ReLU that, in eval mode, lets no negative gradient through: guided backpropagation."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what a ReLU returns."""
+        x = super().forward(x)
+        if x.requires_grad and not self.training:
+            x.register_hook(lambda gradient: gradient.clamp(min=0))
+        return x
 
 
 class MkdModel(nn.Module):
@@ -65,9 +88,10 @@ class MkdModel(nn.Module):
             image = image.detach().clamp(0, 1).requires_grad_()
             score = self.score(image)
             (gradient,) = torch.autograd.grad(score.sum(), image)  # (B, 3, H, W)
-        saliency = gradient.abs().sum(dim=1, keepdim=True)
-        anomaly_map = opening(self.blur(saliency)).squeeze(1)
-        return InferenceBatch(pred_score=score.detach(), anomaly_map=anomaly_map)
+        saliency = scaled(gradient.abs().sum(dim=1)).unsqueeze(1)
+        # SciPy's blur reflects at the border's edge, anomalib's at the middle of its pixels: it sees the padding alone.
+        blurred = self.blur(pad(saliency, [REACH] * 4, padding_mode="symmetric"))[..., REACH:-REACH, REACH:-REACH]
+        return InferenceBatch(pred_score=score.detach(), anomaly_map=opening(blurred).squeeze(1))
 
     def losses(self, image: torch.Tensor) -> list[torch.Tensor]:
         """Return per block, from the second on, the loss ``(B,)`` of images in [0, 1]."""
@@ -103,7 +127,7 @@ def _student(teacher: nn.ModuleList) -> nn.ModuleList:
         for width in [*(NARROW for _ in others), last if number else NARROW]:
             convolution = nn.Conv2d(inputs, width, kernel_size=3, padding=1, bias=False)
             nn.init.xavier_uniform_(convolution.weight)
-            layers += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [convolution, nn.BatchNorm2d(width), GuidedReLU()]
             inputs = width
         del layers[-2]  # nothing is normalised before a pooling
         blocks.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
@@ -114,7 +138,8 @@ def _student(teacher: nn.ModuleList) -> nn.ModuleList:
 class Mkd(TrainedBaseline, AnomalibModule):
     """MKD: images on which a network and its copy, trained on normal images, disagree.
 
-    The map is the gradient of the score by the pixels. Exported graphs (ONNX, OpenVINO) have the score alone.
+    The map is the gradient of the score by the pixels, guided through the student. Exported graphs (ONNX, OpenVINO)
+    have the score alone.
 
     Args:
         backbone: Torchvision's name of the teacher: "vgg11", "vgg13", "vgg16" or "vgg19".
@@ -128,6 +153,8 @@ class Mkd(TrainedBaseline, AnomalibModule):
     """
 
     IMAGE_SIZE = 128
+    INTERPOLATION = InterpolationMode.BILINEAR
+    BATCH_SIZE = 64
     model: MkdModel
 
     def __init__(
@@ -137,7 +164,7 @@ class Mkd(TrainedBaseline, AnomalibModule):
         image_size: int = IMAGE_SIZE,
         value_weight: float = 0.01,
         learning_rate: float = 1e-3,
-        max_epochs: int = 50,
+        max_epochs: int = 201,
         threshold: float | str | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
@@ -149,7 +176,7 @@ class Mkd(TrainedBaseline, AnomalibModule):
         check_choice("backbone", backbone, ["vgg11", "vgg13", "vgg16", "vgg19"])
         super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer, threshold)
         with loading_weights(backbone), drawn_from(RANDOM_SEED):
-            teacher = get_model(backbone, weights="DEFAULT" if pre_trained is True else None)
+            teacher = get_model(backbone, weights="IMAGENET1K_V1" if pre_trained is True else None)
         if isinstance(pre_trained, str):
             load_state(teacher, read_state(checked_path(pre_trained)), backbone, pre_trained)
         self.model = MkdModel(teacher.features, value_weight)

@@ -27,7 +27,8 @@ class SplitDataModule(AnomalibDataModule):
     """A datamodule that splits the images of other datamodules, its sources, by a protocol.
 
     Args:
-        train_batch_size: Images in a training batch.
+        train_batch_size: Images in a training batch; by default what the model's authors train with, if that is known,
+            else `BATCH_SIZE`.
         eval_batch_size: Images in a validation or test batch.
         num_workers: Processes that load images.
         train_augmentations: Augmentations of training images; in few-shot, before the views are taken.
@@ -46,10 +47,11 @@ class SplitDataModule(AnomalibDataModule):
     protocol: ProtocolDefaults
     sources: list[AnomalibDataModule]
     seed: int
+    BATCH_SIZE = 1
 
     def __init__(
         self,
-        train_batch_size: int,
+        train_batch_size: int | None,
         eval_batch_size: int = 32,
         num_workers: int = 8,
         train_augmentations: Transform | None = None,
@@ -59,11 +61,11 @@ class SplitDataModule(AnomalibDataModule):
         seed: int = 0,
         partial_masks: bool = False,
     ) -> None:
-        check_bounds("train_batch_size", train_batch_size, 1)
+        check_bounds("train_batch_size", 1 if train_batch_size is None else train_batch_size, 1)
         check_bounds("eval_batch_size", eval_batch_size, 1)
         check_bounds("seed", seed, 0)
         super().__init__(
-            train_batch_size,
+            train_batch_size,  # type: ignore[arg-type]  # the property below replaces None
             eval_batch_size,
             num_workers,
             train_augmentations=train_augmentations,
@@ -83,6 +85,16 @@ class SplitDataModule(AnomalibDataModule):
     def class_name(self) -> str | None:
         """The tested source's class name for prompts, by default its category."""
         return class_name_of_data(self.sources[0])
+
+    @property
+    def train_batch_size(self) -> int:
+        """Images in a training batch: as given, else the model's, else `BATCH_SIZE`."""
+        model = getattr(self.trainer, "lightning_module", None)
+        return self._train_batch_size or getattr(model, "BATCH_SIZE", None) or self.BATCH_SIZE
+
+    @train_batch_size.setter
+    def train_batch_size(self, value: int | None) -> None:
+        self._train_batch_size = value
 
     def prepare_data(self) -> None:
         """Download the sources' data if they do so."""

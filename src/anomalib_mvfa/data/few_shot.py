@@ -49,7 +49,7 @@ class FewShot(SplitDataModule):
         group_by: Regular expression on image paths whose match (or first group) names a patient, say. No group is then
             in more than one of support, validation and test: validation images that share one with either are left out.
             By default, the source's ``group_by`` if it has one, as :class:`~anomalib_mvfa.data.scans.Scans` has.
-        train_batch_size: Views in a training batch; the published code trains with 1, and larger batches did worse.
+        train_batch_size: Views in a training batch; by default the model's: 1 for MVFA, which does worse with more.
         kwargs: Further arguments of :class:`~anomalib_mvfa.data.base.SplitDataModule`.
 
     Attributes:
@@ -72,7 +72,7 @@ class FewShot(SplitDataModule):
         abnormal_shots: int | None = None,
         support_list: Path | str | None = None,
         group_by: str | None = None,
-        train_batch_size: int = 1,
+        train_batch_size: int | None = None,
         **kwargs,  # noqa: ANN003  # the protocols' common arguments
     ) -> None:
         self.source = resolve_source(source)

@@ -22,17 +22,17 @@ class FullNormal(FewShot):
 
     Args:
         source: The source, as for FewShot.
-        train_batch_size: Images in a training batch.
-        kwargs: The other arguments of FewShot.
+        kwargs: Arguments of FewShot; 32 images are in a training batch, where the model has no number of its own.
 
     Raises:
         ValueError: FewShot raises it, or the source has no normal training image of another group than it tests.
     """
 
     needs_train = True
+    BATCH_SIZE = 32
 
-    def __init__(self, source: Source, train_batch_size: int = 32, **kwargs) -> None:  # noqa: ANN003
-        super().__init__(source, train_batch_size=train_batch_size, **kwargs)
+    def __init__(self, source: Source, **kwargs) -> None:  # noqa: ANN003
+        super().__init__(source, **kwargs)
 
     def _setup(self, _stage: str | None = None) -> None:
         super()._setup(_stage)

@@ -21,7 +21,7 @@ class LeaveOneOut(SplitDataModule):
     Args:
         sources: Anomalib datamodules, or mappings with their ``class_path`` and ``init_args``.
         held_out: Category of the source that is tested, or its name if it has no category; the first one's by default.
-        train_batch_size: Images in a training batch.
+        train_batch_size: Images in a training batch; by default the model's: 1 for MVFA, as published.
         group_by: Regular expression on the training sources' image paths, as for
             :class:`~anomalib_mvfa.data.few_shot.FewShot`: no group is both learnt from and validated on. By default,
             each source's own ``group_by`` if it has one.
@@ -44,7 +44,7 @@ class LeaveOneOut(SplitDataModule):
         self,
         sources: Sequence[Source],
         held_out: str | None = None,
-        train_batch_size: int = 16,
+        train_batch_size: int | None = None,
         group_by: str | None = None,
         **kwargs,  # noqa: ANN003  # the protocols' common arguments
     ) -> None:

@@ -61,7 +61,7 @@ def fill_bank(model: MvfaModel, batches: Iterable[SupportBatch]) -> list[BranchS
     for batch in batches:
         normal = (batch.label == 0).tolist()
         new = [source not in firsts and source not in batch.source[:row] for row, source in enumerate(batch.source)]
-        used = [row for row in range(len(normal)) if normal[row] or new[row]]
+        used = [row for row in range(len(normal)) if new[row] or (normal[row] and model.bank_of_views)]
         if not used:
             continue
         tokens = model.tokens(batch.image[used])

@@ -66,23 +66,24 @@ def _without_gradients(module: nn.Module) -> Iterator[None]:
 
 
 class AntialiasedPreProcessor(PreProcessor):
-    """Resizes images to a square, whatever their aspect ratio: bicubic, antialiased, in exported models too.
+    """Resizes images to a square, whatever their aspect ratio, antialiased, in exported models too.
 
     Anomalib drops the antialiasing on export; on a 512 px film that moved the anomaly map by 0.2.
 
     Args:
         image_size: Height and width in pixels.
+        interpolation: Bicubic or bilinear.
     """
 
-    def __init__(self, image_size: int) -> None:
-        super().__init__(Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC, antialias=True))
-        self.export_transform = AntialiasedResize(image_size)
+    def __init__(self, image_size: int, interpolation: InterpolationMode = InterpolationMode.BICUBIC) -> None:
+        super().__init__(Resize((image_size, image_size), interpolation=interpolation, antialias=True))
+        self.export_transform = AntialiasedResize(image_size, interpolation)
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Restore the transform of a checkpoint, antialiased on export as well."""
         super().load_checkpoint_config(config)
         if isinstance(self.transform, Resize):  # another pre-processor's transform exports as anomalib does it
-            self.export_transform = AntialiasedResize(self.transform.size[0])
+            self.export_transform = AntialiasedResize(self.transform.size[0], self.transform.interpolation)
 
 
 class AntialiasedResize(nn.Module):
@@ -90,24 +91,28 @@ class AntialiasedResize(nn.Module):
 
     Args:
         size: Height and width of the result in pixels.
+        interpolation: Bicubic or bilinear.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, interpolation: InterpolationMode = InterpolationMode.BICUBIC) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.cubic = size, interpolation == InterpolationMode.BICUBIC
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Resize images ``(B, C, H, W)`` to ``(B, C, size, size)``."""
-        rows, columns = (_resize_matrix(length, self.size, image) for length in image.shape[-2:])
+        rows, columns = (_resize_matrix(length, self.size, image, self.cubic) for length in image.shape[-2:])
         return rows @ image @ columns.T
 
 
-def _resize_matrix(length: int, size: int, like: torch.Tensor) -> torch.Tensor:
-    """Return weights ``(size, length)`` of input pixels in output pixels: a cubic kernel, widened when shrinking."""
+def _resize_matrix(length: int, size: int, like: torch.Tensor, cubic: bool) -> torch.Tensor:
+    """Return weights ``(size, length)`` of input pixels in output pixels: a kernel, widened when shrinking."""
     pixel = torch.arange(length, device=like.device, dtype=like.dtype) + 0.5
     step = (pixel[-1] + 0.5) / size  # of tensors, so that exported models do not fix whether images shrink
     centre = (torch.arange(size, device=like.device, dtype=like.dtype) + 0.5) * step
     x = (pixel - centre.unsqueeze(1)).abs() / step.clamp(min=1)
+    if not cubic:
+        weights = (1 - x).clamp(min=0)
+        return weights / weights.sum(dim=1, keepdim=True)
     near = ((CUBIC + 2) * x - (CUBIC + 3)) * x * x + 1
     far = CUBIC * (((x - 5) * x + 8) * x - 4)
     weights = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
+from torchvision.transforms.v2 import InterpolationMode
 
 from ..arguments import differences, storable
 from ..callbacks import default_callbacks
@@ -39,6 +40,10 @@ class AnomalibMixin(ExportMixin):  # no AnomalibModule itself: anomalib would li
 
     IMAGE_SIZE = 240
     """Default height and width in pixels."""
+    INTERPOLATION = InterpolationMode.BICUBIC
+    """How images are resized."""
+    BATCH_SIZE: int | None = None
+    """Images in a training batch where neither the user nor the protocol's datamodule says otherwise."""
 
     def __init__(
         self,
@@ -130,7 +135,7 @@ class AnomalibMixin(ExportMixin):  # no AnomalibModule itself: anomalib would li
     @classmethod
     def configure_pre_processor(cls, image_size: tuple[int, int] | None = None) -> PreProcessor:
         """Return a pre-processor that resizes images to a square of ``image_size``, the method's by default."""
-        return AntialiasedPreProcessor(image_size[0] if image_size else cls.IMAGE_SIZE)
+        return AntialiasedPreProcessor(image_size[0] if image_size else cls.IMAGE_SIZE, cls.INTERPOLATION)
 
     @staticmethod
     def configure_post_processor() -> PostProcessor:

@@ -124,6 +124,9 @@ class MvfaModel(nn.Module, metaclass=_FromNames):
         ValueError: A level is not a block of the backbone, or an option has no such value.
     """
 
+    bank_of_views = True
+    """Whether the bank holds all views of a normal support image, or the unchanged one alone."""
+
     text_features: torch.Tensor
     ranges: torch.Tensor
 
