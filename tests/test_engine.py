@@ -1,8 +1,5 @@
 """What users do with any model of anomalib: predict, export, several processes, compile."""
 
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -112,48 +109,3 @@ def test_compiled_model_equals_eager_at_any_batch_without_recompiling(mini_clip)
             expected = model(image)
             torch.testing.assert_close(result.anomaly_map, expected.anomaly_map, atol=1e-5, rtol=0)
             torch.testing.assert_close(result.pred_score, expected.pred_score, atol=1e-5, rtol=0)
-
-
-DISTRIBUTED = """
-import os, sys, torch
-from anomalib.engine import Engine
-from anomalib_mvfa import BMADFewShot, Mvfa
-
-config, weights, root, out = sys.argv[1:5]
-processes = int(sys.argv[5])
-torch.set_num_threads(1)
-strategy = {"strategy": "ddp"} if processes > 1 else {}
-for calibration in ("support", "test"):
-    model = Mvfa(config, weights, image_size=56, max_epochs=1, visualizer=False, calibration=calibration)
-    data = BMADFewShot(root, "Brain", k_shot=1, num_workers=0, train_batch_size=2 // processes, eval_batch_size=3)
-    data.setup()
-    odd = data.test_data
-    odd.samples = odd.samples.iloc[:-1]
-    data._is_setup = True
-    runs = f"{out}-runs-{os.environ.get('RANK')}"  # anomalib numbers these in every process, which race
-    engine = Engine(default_root_dir=runs, accelerator="cpu", devices=processes, logger=False,
-                    enable_progress_bar=False, enable_model_summary=False, **strategy)
-    engine.fit(model, datamodule=data)
-    figures = engine.test(model, datamodule=data, verbose=False)[0]
-    state = {key: value for key, value in model.state_dict().items() if "backbone" not in key}
-    torch.save({"figures": figures, "state": state}, f"{out}-{engine.trainer.global_rank}-{calibration}.pt")
-"""
-
-
-def test_two_processes_equal_one(mini_clip, phantom_root, tmp_path, monkeypatch):
-    script = tmp_path / "run.py"
-    script.write_text(DISTRIBUTED)
-    arguments = [str(script), str(mini_clip.config), str(mini_clip.weights), str(phantom_root)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, *arguments, str(tmp_path / "two"), "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    monkeypatch.setattr(sys, "argv", [*arguments, str(tmp_path / "one"), "1"])
-    runpy.run_path(str(script))
-    for calibration in ("support", "test"):
-        names = [f"{name}-{calibration}.pt" for name in ("one-0", "two-0", "two-1")]
-        one, first, second = (torch.load(tmp_path / name) for name in names)
-        assert first["figures"] == pytest.approx(one["figures"], abs=1e-5)
-        for key, value in first["state"].items():
-            assert torch.equal(value.nan_to_num(), second["state"][key].nan_to_num()), key
-            torch.testing.assert_close(value, one["state"][key], atol=1e-4, rtol=0, equal_nan=True, msg=key)

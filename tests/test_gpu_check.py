@@ -32,6 +32,7 @@ def check(gpu_check, output):
     return code, json.loads((output / "gpu_check.json").read_text()), (output / "gpu_check.md").read_text()
 
 
+@pytest.mark.slow
 def test_all_parts_run_on_the_cpu(modules, tmp_path, monkeypatch):
     run = modules[0]._run
 

@@ -22,7 +22,7 @@ def trained(phantom_root, tiny_config, tmp_path):
         model = Mvfa(
             str(tiny_config), pretrained=None, image_size=56, max_epochs=2, seed=model_seed, visualizer=False, **changes
         )
-        data = BMADFewShot(phantom_root, k_shot=2, num_workers=0, seed=data_seed)
+        data = BMADFewShot(phantom_root, k_shot=2, num_workers=0, train_batch_size=11, seed=data_seed)
         trainer = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, **(trainer or {})}
         engine = Engine(default_root_dir=tmp_path, **trainer)
         (figures,) = engine.train(model, datamodule=data)

@@ -31,6 +31,7 @@ SMALL = {
         "layers": ["layer3"],
         "image_size": 64,
         "coupling_blocks": 1,
+        "max_epochs": 1,
         "warmup_epochs": 0,
         "max_epochs": 1,
     },

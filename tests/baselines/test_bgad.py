@@ -216,14 +216,17 @@ def test_top_is_the_highest_likelihood_of_normal_positions(make, few_shot, engin
             assert model.model.top[level].item() == pytest.approx(normal.max().item(), abs=1e-5)
 
 
-def test_the_boundary_counts_after_the_warm_up(make, few_shot, engine):
+def test_the_boundary_counts_after_the_warm_up(make, few_shot, engine, caplog):
     def flows(**more):
         model = make(max_epochs=2, **more)
         engine().fit(model, datamodule=few_shot())
         return torch.cat([p.detach().flatten() for p in model.model.flows.parameters()])
 
     assert torch.equal(flows(warmup_epochs=2), flows(warmup_epochs=2, boundary_weight=0.0))
+    assert "warmup_epochs=2 leave none of 2 epochs to learn from masks" in caplog.text
+    caplog.clear()
     assert not torch.equal(flows(warmup_epochs=1), flows(warmup_epochs=1, boundary_weight=0.0))
+    assert "warmup_epochs" not in caplog.text
 
 
 def test_masks_teach_what_has_to_be_unlikely(make):

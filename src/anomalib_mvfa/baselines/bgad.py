@@ -4,6 +4,7 @@ Axes: B images, D channels, H = W image size, h = w positions of features, N pos
 positional encodings, l level.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from torch.nn.functional import interpolate, logsigmoid
 
 from ..arguments import DEFAULT_PRETRAINED, check_arguments, documented
 from .base import TrainedBaseline, drawn_from, standardise, timm_features
+
+logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 NORMALIZER = 10.0  # the authors' unit of log-likelihoods per channel, in which margins are measured
 META_EPOCHS, WARM_META_EPOCHS = 25, 2  # of the learning rate's schedule: parts of the training, and the first of them
@@ -183,6 +186,12 @@ class Bgad(TrainedBaseline, AnomalibModule):
     def setup(self, stage: str) -> None:
         """Choose how long to train, and refuse several devices."""
         super().setup(stage)
+        if stage == "fit" and self.epochs <= self.warmup_epochs:
+            logger.warning(
+                "warmup_epochs=%d leave none of %d epochs to learn from masks. Lower it, or train longer.",
+                self.warmup_epochs,
+                self.epochs,
+            )
         if stage == "fit" and self.trainer.world_size > 1:
             msg = f"Bgad trains on one device, and there are {self.trainer.world_size}. Set devices to 1."
             raise ValueError(msg)

@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import ColorJitter, InterpolationMode
 from torchvision.transforms.v2.functional import rotate
 
 from ..arguments import DEFAULT_PRETRAINED, check_arguments, check_bounds, documented
+from ..data.dataset import read_items
 from .base import TrainedBaseline, drawn_from, standardise, timm_features
 
 MARGIN = 5.0  # least deviation of anomalies, in standard deviations of the prior
@@ -234,7 +235,7 @@ class Dra(TrainedBaseline, AnomalibModule):
         """Return normal training images ``(N, 3, H, W)``, processed as images to be scored."""
         rows = sorted(rng.permutation(self._normal)[: self.references])
         data, transform = self.dataset("train"), getattr(self.pre_processor, "transform", None) or nn.Identity()
-        return torch.stack([transform(data[row].image) for row in rows]).to(self.device)
+        return torch.stack([transform(item.image) for item in read_items(data, rows)]).to(self.device)
 
     def training_step(self, batch: ImageBatch, batch_idx: int, *args, **kwargs) -> STEP_OUTPUT:  # noqa: ANN002, ANN003
         """Return the loss of a batch with its pseudo anomalies."""

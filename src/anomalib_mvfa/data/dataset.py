@@ -4,7 +4,7 @@ Axes: H height, W width.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -139,6 +139,11 @@ def read_strictly(dataset: Any) -> None:  # noqa: ANN401  # any dataset
 
 def _read_all(read: Callable[[int], ImageItem], indices: list[int]) -> list[ImageItem]:
     return [read(index) for index in indices]
+
+
+def read_items(dataset: Any, rows: Sequence[int]) -> list[ImageItem]:  # noqa: ANN401  # any dataset
+    """Return items of a dataset, read as loaders read them."""
+    return dataset.__getitems__(rows) if hasattr(dataset, "__getitems__") else [dataset[row] for row in rows]
 
 
 def _read_to_predict(dataset: PredictDataset, index: int) -> ImageItem:
