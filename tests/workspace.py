@@ -33,7 +33,6 @@ SMALL = {
         "coupling_blocks": 1,
         "max_epochs": 1,
         "warmup_epochs": 0,
-        "max_epochs": 1,
     },
     "Cflow": {"backbone": "resnet18", "layers": ["layer3"], "coupling_blocks": 1},
     "Clip": {"backbone": "weights/tiny.json", "image_size": 56},
