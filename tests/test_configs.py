@@ -15,6 +15,7 @@ import yaml
 from anomalib.cli.cli import AnomalibCLI
 
 from anomalib_mvfa import BMADFewShot, Mvfa
+from anomalib_mvfa.arguments import storable
 from anomalib_mvfa.data.bmad import CATEGORIES
 from anomalib_mvfa.data.support import group_of
 from anomalib_mvfa.model.build import build_mvfa
@@ -225,7 +226,7 @@ def test_config_runs(path):
     assert 0 <= metrics["pixel_AUROC"] <= 1
     for name, value in yaml.safe_load(path.read_text())["model"].get("init_args", {}).items():
         if f"model.{name}" not in overrides and name not in COMPONENTS:
-            assert cli.model.hparams[name] == value, name
+            assert cli.model.hparams[name] == storable({name: value})[name], name
     check(cli)
 
 
