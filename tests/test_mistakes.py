@@ -235,6 +235,7 @@ def test_normal_images_alone_build_the_bank_and_say_so(tmp_path, run, caplog):
         assert 0 <= run(data)["image_AUROC"] <= 1
     assert "The training data hold no abnormal image" in caplog.text
     assert "Memory bank: 16 of 16 normal training images" in caplog.text
+    assert "zero_shot_weight=0.0, few_shot_weight=0.5" in caplog.text  # of adapters that have not learnt
 
 
 # ------------------------------------------------------------------------------------------------- On the command line

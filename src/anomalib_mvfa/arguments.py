@@ -46,7 +46,10 @@ ARGUMENTS = {
         "Whether images are normalised by CLIP's mean and standard deviation; for networks of timm, they always are."
     ),
     "image_score": Argument(choices=("map_max", "det_mean", "det_max")),
-    "zero_shot_weight": Argument("Weight of the text branch in scores.", low=0),
+    "zero_shot_weight": Argument(
+        "Weight of the text branch in scores; by default 0.5, or 0 where there is no abnormal image to learn from.",
+        low=0,
+    ),
     "few_shot_weight": Argument(
         "Weight of the memory bank in scores; by default 0.5 in few-shot, 0 in leave-one-out.", low=0
     ),

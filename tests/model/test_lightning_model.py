@@ -116,7 +116,7 @@ def test_data_decide_what_arguments_leave_open(fitted, make):
         "calibration": "support",
     }
     chosen = {"class_name": "head", "image_score": "det_max", "few_shot_weight": 0.2, "learning_rate": 0.01}
-    assert make(**chosen, calibration="none").asked == Settings(**chosen, zero_shot_weight=0.5, calibration="none")
+    assert make(**chosen, calibration="none").asked == Settings(**chosen, calibration="none")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,13 @@ def test_arguments_come_before_what_data_imply():
     assert asked.completed(FEW_SHOT).scoring == Scoring("seg", "map_max", Weights(0.5, 0.2), normalised=False)
 
 
+def test_adapters_that_learn_nothing_have_no_weight():
+    nothing = Settings.for_data(DataFacts(normal_only=True))
+    assert nothing.scoring.weights == Weights(0.0, 0.5)
+    assert Settings(zero_shot_weight=0.3).completed(nothing).scoring.weights == Weights(0.3, 0.5)
+    assert Settings(few_shot_weight=0.0).completed(nothing).scoring.weights == Weights(0.5, 0.0)  # one must have weight
+
+
 @pytest.mark.parametrize(("calibration", "used"), [("support", "none"), ("test", "test")])
 def test_without_a_bank_there_are_no_ranges_of_the_support(calibration, used):
     left_out = Settings.for_data(DataFacts(LEAVE_ONE_OUT, has_masks=False))

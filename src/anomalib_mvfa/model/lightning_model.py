@@ -197,7 +197,7 @@ class Mvfa(AdapterTrainingMixin, AnomalibModule):
         quick_gelu: bool = False,
         normalize: bool = False,
         image_score: str | None = None,
-        zero_shot_weight: float = 0.5,
+        zero_shot_weight: float | None = None,
         few_shot_weight: float | None = None,
         calibration: str = "support",
         adapters: str | None = None,
@@ -245,6 +245,7 @@ class Mvfa(AdapterTrainingMixin, AnomalibModule):
         )
         if adapters is not None:
             load_adapters(model, adapters)
+            zero_shot_weight = 0.5 if zero_shot_weight is None else zero_shot_weight  # they have learnt before
         asked = Settings(class_name, image_score, zero_shot_weight, few_shot_weight, learning_rate, calibration)
         self._init_state(model, asked, seed, bank_images, max_epochs)
         self.loss = MvfaLoss(bce)

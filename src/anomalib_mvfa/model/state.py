@@ -46,7 +46,7 @@ class Settings:
         return cls(
             class_name=facts.class_name,
             image_score=facts.protocol.image_score or ("map_max" if facts.has_masks else "det_mean"),
-            zero_shot_weight=0.5,
+            zero_shot_weight=0.0 if facts.normal_only else 0.5,  # adapters that learn nothing say nothing
             few_shot_weight=facts.protocol.few_shot_weight,
             learning_rate=facts.protocol.learning_rate,
             protocol=facts.protocol.name,
@@ -56,6 +56,8 @@ class Settings:
     def completed(self, defaults: "Settings") -> "Settings":
         """Return these settings with defaults in place of None."""
         settings = replace(defaults, **{name: value for name, value in asdict(self).items() if value is not None})
+        if settings.few_shot_weight == settings.zero_shot_weight == 0:
+            settings = replace(settings, zero_shot_weight=0.5)
         if settings.few_shot_weight == 0 and settings.calibration == "support":
             return replace(settings, calibration="none")  # without a bank, there is no other scale to match
         return settings
