@@ -101,6 +101,11 @@ def test_what_is_given_beside_a_checkpoint_comes_first(trained, run, film, tmp_p
         moved.rename(weights)
 
 
+def test_an_exported_model_decides_by_the_threshold_that_is_given(run):
+    exported = torch.load(run("export", "--export_type=torch", "--model.threshold=0.999"), weights_only=False)["model"]
+    assert exported.post_processor.image_threshold.item() == pytest.approx(0.999)
+
+
 @pytest.mark.parametrize(
     ("command", "options", "message"),
     [

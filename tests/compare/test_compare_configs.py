@@ -39,7 +39,14 @@ def cache(tmp_path_factory):
     return hub
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+OTHERS = {"newer", "tiny"}
+"""Comparisons with methods that take long, or that others have as well."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in OTHERS), id=path.stem) for path in CONFIGS],
+)
 def test_every_comparison_runs(path, workspace, tmp_path, monkeypatch, cache):
     monkeypatch.chdir(workspace)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
