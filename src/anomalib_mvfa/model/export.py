@@ -122,6 +122,9 @@ def _resize_matrix(length: int, size: int, like: torch.Tensor, cubic: bool) -> t
 class _RememberingThreshold(F1AdaptiveThreshold):
     """The threshold of best F1, or the highest score of normal images where there are no others.
 
+    Anomalib finds the lowest score that is still to be called abnormal, and calls abnormal what is above the threshold;
+    so it lies midway between that score and the next lower one.
+
     Attributes:
         seen: Scores and labels that it was found on.
     """
@@ -131,7 +134,11 @@ class _RememberingThreshold(F1AdaptiveThreshold):
     def compute(self) -> Tensor:
         """Return the threshold."""
         scores, labels = self.seen = dim_zero_cat(self.preds), dim_zero_cat(self.target)  # of all processes
-        return super().compute() if labels.any() else scores.max()
+        if not labels.any():
+            return scores.max()
+        lowest = super().compute()
+        below = scores[scores < lowest]
+        return (lowest + below.max()) / 2 if len(below) else torch.nextafter(lowest, lowest - 1)
 
 
 class ChoicePostProcessor(PostProcessor):
