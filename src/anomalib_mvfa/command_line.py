@@ -19,7 +19,7 @@ class CheckpointCli(AnomalibCLI):
     What is given beside it, in a configuration file or by an option, comes before it.
     """
 
-    _saved: dict[str, Any] | None = None  # the checkpoint, of a model of ours
+    _exported: dict[str, Any] | None = None  # the checkpoint to be exported, of a model of ours
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         self._args = args
@@ -29,9 +29,10 @@ class CheckpointCli(AnomalibCLI):
         """Read the checkpoint, and the command line once more with its defaults."""
         model, path = self._get(self.config, "model"), self._get(self.config, "ckpt_path")
         if self.subcommand in SCORING and path and Path(path).is_file() and _is_ours(model.class_path):
-            self._saved = AnomalibCheckpointIO().load_checkpoint(path, map_location="cpu")
+            checkpoint = AnomalibCheckpointIO().load_checkpoint(path, map_location="cpu")
+            self._exported = checkpoint if self.subcommand == "export" else None
             known = inspect.signature(pkgutil.resolve_name(model.class_path)).parameters
-            saved = {name: value for name, value in self._saved.get("hyper_parameters", {}).items() if name in known}
+            saved = {name: value for name, value in checkpoint.get("hyper_parameters", {}).items() if name in known}
             defaults = {"class_path": model.class_path, "init_args": saved}
             self.subcommand_parsers[self.subcommand].set_defaults(model=defaults)
             self.config = self.parser.parse_args(self._args)
@@ -40,9 +41,9 @@ class CheckpointCli(AnomalibCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Load the checkpoint to be exported here: anomalib would build a second model, by the checkpoint alone."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if subcommand == "export" and self._saved:
-            self.model.on_load_checkpoint(self._saved)
-            self.model.load_state_dict(self._saved["state_dict"])
+        if self._exported:
+            self.model.on_load_checkpoint(self._exported)
+            self.model.load_state_dict(self._exported["state_dict"])
             kwargs["ckpt_path"] = None
         return kwargs
 

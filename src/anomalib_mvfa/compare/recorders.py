@@ -97,7 +97,8 @@ def features_of(model: Any, batch: ImageBatch, rows: Sequence[int]) -> dict[str,
         return {}
     image = torch.as_tensor(batch.image)[rows]
     found: dict[str, Any] = {"labels": torch.as_tensor(batch.gt_label)[rows].int().tolist()}
-    for name, levels in (("frozen", model.frozen_tokens(image)), ("adapted", model.tokens(image).det)):
+    frozen = [model.backbone.without_registers(level) for level in model.frozen_tokens(image)]
+    for name, levels in (("frozen", frozen), ("adapted", model.tokens(image).det)):
         found[name] = torch.cat([level[:, 1:].mean(dim=1) for level in levels], dim=-1).float().cpu().numpy()
     return found
 

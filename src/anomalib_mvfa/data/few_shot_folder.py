@@ -116,10 +116,7 @@ class OwnImages(NamedFolder):
             with warnings.catch_warnings():
                 warnings.simplefilter("error", pd.errors.ParserWarning)  # of rows that are longer than the first
                 table = pd.read_csv(self.place, sep=separator, dtype=str, index_col=False, encoding="utf-8-sig")
-        except (
-            ValueError,
-            pd.errors.ParserWarning,
-        ) as error:  # most of pandas are ValueErrors
+        except (ValueError, pd.errors.ParserWarning) as error:  # pandas' own are ValueErrors
             msg = f"table='{self.place}' cannot be read as CSV in UTF-8 ({' '.join(str(error).split())}). Correct it."
             raise ValueError(msg) from error
         table = table.fillna("").rename(columns=lambda name: str(name).strip().lower())

@@ -69,11 +69,7 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    if "transparency" in image.info or image.mode in {
-        "LA",
-        "PA",
-        "RGBA",
-    }:  # the paint may be in the alpha channel alone
+    if "transparency" in image.info or image.mode in {"LA", "PA", "RGBA"}:  # the paint may be in the alpha alone
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
     return image.convert("L")
 

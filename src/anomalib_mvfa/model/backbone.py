@@ -21,7 +21,7 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 from ..arguments import documented
 from ..progress import progress
 from .linear import linear
-from .network import FrozenNetwork
+from .network import BlockNetwork, grid_of
 from .weights import FLOATS, RANDOM_SEED, State, checked_download, fingerprint, first_line, load_state, read_state
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
@@ -32,7 +32,7 @@ _NOT_PARAMETERS = ("input_resolution", "context_length", "vocab_size")  # in Ope
 
 
 @documented
-class ClipBackbone(FrozenNetwork):
+class ClipBackbone(BlockNetwork):
     """CLIP with a plain vision transformer, frozen and always in eval mode.
 
     Args:
@@ -52,10 +52,7 @@ class ClipBackbone(FrozenNetwork):
         super().__init__()
         config = _read_config(backbone)
         quick_gelu = quick_gelu or bool(config.get("quick_gelu"))  # as the models called "...-quickgelu" have it
-        patch_size = config["vision_cfg"]["patch_size"]
-        if image_size < patch_size:
-            msg = f"image_size={image_size} is smaller than one patch of {backbone}; it must be at least {patch_size}."
-            raise ValueError(msg)
+        self.grid = grid_of(backbone, image_size, config["vision_cfg"]["patch_size"])
         state = _read_weights(backbone, pretrained, config, quick_gelu)
         try:
             with torch.random.fork_rng(devices=[]):  # what it initialises is overwritten
@@ -71,7 +68,6 @@ class ClipBackbone(FrozenNetwork):
         self.width: int = clip.visual.class_embedding.shape[0]
         self.joint_width = config["embed_dim"]
         self.image_size = image_size
-        self.grid = image_size // patch_size
         self.fingerprint = _fingerprint(clip, quick_gelu)
         # open_clip 2.24 runs its blocks sequence-first, from 2.26 on batch-first.
         self._batch_first = getattr(clip.visual.transformer, "batch_first", False)

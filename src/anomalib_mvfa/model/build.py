@@ -8,7 +8,7 @@ from ..arguments import check_arguments, documented
 from .adapters import BRANCHES, BranchAdapters
 from .backbone import ClipBackbone
 from .memory_bank import MemoryBank
-from .network import FrozenNetwork
+from .network import BlockNetwork
 from .prompts import Prompts
 from .torch_model import MvfaModel
 from .vit_backbone import VitBackbone, is_vit
@@ -67,7 +67,7 @@ def build_mvfa(  # noqa: D417  # `documented` adds the others
     )
 
 
-def load_backbone(backbone: str, pretrained: str | None, image_size: int, quick_gelu: bool = False) -> FrozenNetwork:
+def load_backbone(backbone: str, pretrained: str | None, image_size: int, quick_gelu: bool = False) -> BlockNetwork:
     """Return the frozen network of a name: CLIP by open_clip, or a vision transformer by timm.
 
     Raises:
@@ -83,7 +83,7 @@ def load_backbone(backbone: str, pretrained: str | None, image_size: int, quick_
     return VitBackbone(backbone, pretrained, image_size)
 
 
-def new_adapters(levels: int, backbone: FrozenNetwork, adaptation: str, seed: int = 0) -> list[BranchAdapters]:
+def new_adapters(levels: int, backbone: BlockNetwork, adaptation: str, seed: int = 0) -> list[BranchAdapters]:
     """Return adapters of both branches, seg and det, drawn from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -4,7 +4,6 @@ For each part of the support, training begins anew without it (cross-validation)
 """
 
 import copy
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,6 @@ from .torch_model import MvfaModel
 
 if TYPE_CHECKING:
     from anomalib.data import ImageItem, InferenceBatch
-
-logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 PARTS = 4
 """Parts of the support; fewer where there are fewer images, or patients, of a kind."""

@@ -21,7 +21,7 @@ from .anomaly_map import map_maximum, state_probabilities, to_grid, upsample
 from .frozen_cache import FrozenCache
 from .fusion import Weights, fuse
 from .memory_bank import MemoryBank
-from .network import FrozenNetwork
+from .network import BlockNetwork
 from .prompts import Prompts
 from .text_alignment import patch_logits, pool_patches
 
@@ -132,7 +132,7 @@ class MvfaModel(nn.Module, metaclass=_FromNames):
 
     def __init__(
         self,
-        backbone: FrozenNetwork,
+        backbone: BlockNetwork,
         seg_adapters: BranchAdapters,
         det_adapters: BranchAdapters,
         bank: MemoryBank,

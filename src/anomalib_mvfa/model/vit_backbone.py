@@ -18,7 +18,7 @@ from timm.models import Eva, VisionTransformer
 from torch import nn
 
 from ..arguments import documented
-from .network import FrozenNetwork
+from .network import BlockNetwork, grid_of
 from .weights import FLOATS, RANDOM_SEED, State, fingerprint, first_line, load_state, read_state
 
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
@@ -26,6 +26,10 @@ logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings 
 PREFIX = "timm/"
 OWN_TAG = "openai"
 """Default of ``pretrained``, which for a model of timm stands for the tag in its name."""
+OPTIONS = (
+    "Options: give pretrained= the path of a state dict (.pt, .safetensors); or run once with a network, or with a "
+    "cache of Hugging Face (HF_HOME); or pretrained=null for random weights, to try the software out."
+)
 HEADS = ("norm", "fc_norm", "head", "head_drop", "attn_pool")
 """Modules of timm's models behind the last block."""
 TRANSFORMERS_NAMES = {
@@ -48,7 +52,7 @@ TRANSFORMERS_NAMES = {
 
 
 @documented
-class VitBackbone(FrozenNetwork):
+class VitBackbone(BlockNetwork):
     """A plain vision transformer of timm, frozen and always in eval mode, in timm's own numerics.
 
     DINOv2 and DINOv3, with register tokens, layer scale or rotary positions, and the networks that share their form:
@@ -76,20 +80,17 @@ class VitBackbone(FrozenNetwork):
     def __init__(self, backbone: str, pretrained: str | None, image_size: int) -> None:
         super().__init__()
         architecture, arguments, given = _read_config(backbone)
-        state = _read_weights(backbone, pretrained, architecture)
+        state = _read_weights(backbone, pretrained)
         if any(".ls1." in key for key in state or ()) and "init_values" not in arguments:
             arguments["init_values"] = 1e-5  # layer scale, which the architecture's name may not tell (UNI)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(RANDOM_SEED)
-            vit = _build(backbone, architecture, arguments)
+            vit = _build(backbone, architecture, arguments, download=state is None and pretrained is not None)
         patch_size = vit.patch_embed.patch_size[0]
-        if image_size < patch_size:
-            msg = f"image_size={image_size} is smaller than one patch of {backbone}; it must be at least {patch_size}."
-            raise ValueError(msg)
-        self.grid = image_size // patch_size
-        state = state or vit.state_dict()  # drawn at the model's own image size, as pretrained weights are
-        vit = _build(backbone, architecture, {**arguments, "img_size": self.grid * patch_size})
-        _load(vit, state, backbone, pretrained)
+        self.grid = grid_of(backbone, image_size, patch_size)
+        vit.set_input_size((self.grid * patch_size,) * 2)
+        if state is not None:
+            _load(vit, state, backbone, pretrained)
         self.vit = vit.requires_grad_(False).eval()
         self.depth, self.image_size = len(vit.blocks), image_size
         self.width = self.joint_width = vit.embed_dim
@@ -146,8 +147,8 @@ def _read_config(backbone: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     return config["architecture"], arguments, images
 
 
-def _build(backbone: str, architecture: str, arguments: Mapping[str, Any]) -> Any:  # noqa: ANN401  # timm's models
-    """Build a model of timm with random weights, as far as its last block."""
+def _build(backbone: str, architecture: str, arguments: Mapping[str, Any], download: bool) -> Any:  # noqa: ANN401
+    """Build a model of timm as far as its last block, with the weights of its tag or with random ones."""
     if not timm.is_model(architecture):
         near = get_close_matches(architecture, timm.list_models(module="vision_transformer"), n=3)
         msg = (
@@ -155,13 +156,19 @@ def _build(backbone: str, architecture: str, arguments: Mapping[str, Any]) -> An
             "of a config.json in timm's form, or timm/NAME, such as timm/vit_small_patch14_dinov2.lvd142m."
         )
         raise ValueError(msg)
-    options = {"pretrained": False, "num_classes": 0, "dynamic_img_size": False, **arguments}
+    vit: Any = None
+    why = ""
     try:
-        vit: Any = timm.create_model(architecture, **options)
+        vit = timm.create_model(
+            architecture, **{"pretrained": download, "num_classes": 0, "dynamic_img_size": False, **arguments}
+        )
     except TypeError as error:  # of other networks, which have other options
-        vit, why = None, f" ({first_line(error)})"
-    else:
-        why = ""
+        why = f" ({first_line(error)})"
+    except Exception as error:
+        if not download:
+            raise
+        msg = f"The weights of {backbone} could not be loaded ({first_line(error)}). {OPTIONS}"  # whatever it raises
+        raise RuntimeError(msg) from error
     is_plain = isinstance(vit, VisionTransformer | Eva) and vit.cls_token is not None
     if not is_plain or getattr(vit, "rope_mixed", False):
         msg = (
@@ -175,25 +182,17 @@ def _build(backbone: str, architecture: str, arguments: Mapping[str, Any]) -> An
     return vit
 
 
-def _read_weights(backbone: str, pretrained: str | None, architecture: str) -> State | None:
-    """Return a state dict in whatever form, None for random weights."""
+def _read_weights(backbone: str, pretrained: str | None) -> State | None:
+    """Return a file's state dict in whatever form; None for random weights, and for those of the name's tag."""
     if pretrained is None:
         logger.warning("pretrained=None: the backbone %s has random weights. Scores mean nothing clinically.", backbone)
         return None
     if Path(pretrained).expanduser().is_file():
         return read_state(Path(pretrained).expanduser())
-    options = (
-        "Options: give pretrained= the path of a state dict (.pt, .safetensors); or run once with a network, or with a "
-        "cache of Hugging Face (HF_HOME); or pretrained=null for random weights, to try the software out."
-    )
     if pretrained != OWN_TAG:
-        msg = f"pretrained={pretrained!r} is no file, and the tag of {backbone} belongs into its name. {options}"
+        msg = f"pretrained={pretrained!r} is no file, and the tag of {backbone} belongs into its name. {OPTIONS}"
         raise FileNotFoundError(msg)
-    try:
-        return timm.create_model(architecture, pretrained=True, num_classes=0).state_dict()
-    except Exception as error:  # whatever its download raises
-        msg = f"The weights of {backbone} could not be loaded ({first_line(error)}). {options}"
-        raise RuntimeError(msg) from error
+    return None
 
 
 def _load(vit: Any, state: State, backbone: str, pretrained: str | None) -> None:  # noqa: ANN401
