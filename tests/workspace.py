@@ -11,7 +11,7 @@ from PIL import Image
 
 from anomalib_mvfa.data.bmad import CATEGORIES
 from anomalib_mvfa.data.phantom import write_phantom
-from recipe import TINY, adapter_weights, clip_weights, write_config, write_support_list
+from recipe import TINY, WINDOWS, adapter_weights, clip_weights, write_config, write_support_list
 from scan_recipe import write_nifti
 
 SIZE = 32
@@ -23,27 +23,29 @@ ABNORMAL = ["000.png", "005.png", "002.png", "001.png"]
 CONFIGS = Path(__file__).parents[1] / "configs"
 BLOCKS = {6: 1, 12: 2, 18: 3, 24: 4}
 """Levels of ViT-L, and those of the tiny CLIP that stand for them."""
+RESIZE = {"class_path": "torchvision.transforms.v2.Resize", "init_args": {"size": [64, 64]}}
+SIZE_64 = {"class_path": "anomalib.pre_processing.PreProcessor", "init_args": {"transform": RESIZE}}
 SMALL = {
     "AnomalyDINO": {"encoder_name": "vit_small_patch14_dinov2"},
     "AprilGan": {"backbone": "weights/tiny.json", "image_size": 56, "max_epochs": 1},
     "Bgad": {
-        "backbone": "resnet18",
+        "backbone": "test_resnet",
         "layers": ["layer3"],
         "image_size": 64,
         "coupling_blocks": 1,
         "max_epochs": 1,
         "warmup_epochs": 0,
     },
-    "Cflow": {"backbone": "resnet18", "layers": ["layer3"], "coupling_blocks": 1},
+    "Cflow": {"backbone": "test_resnet", "layers": ["layer2"], "coupling_blocks": 1, "pre_processor": SIZE_64},
     "Clip": {"backbone": "weights/tiny.json", "image_size": 56},
-    "Dra": {"image_size": 128, "max_epochs": 1},
-    "MedClip": {"backbone": "resnet18", "image_size": 64},
+    "Dra": {"backbone": "test_resnet", "image_size": 128, "max_epochs": 1},
+    "MedClip": {"backbone": "test_resnet", "image_size": 64},
     "Mkd": {"backbone": "vgg11", "image_size": 32, "max_epochs": 1},
     "FoundAD": {"encoder_name": "dinov2_vit_small_14", "image_size": 56, "pred_depth": 1},
     "Mvfa": {"backbone": "weights/tiny.json", "image_size": 56, "max_epochs": 1},
-    "Patchcore": {"backbone": "resnet18", "layers": ["layer3"]},
-    "ReverseDistillation": {"backbone": "resnet18"},
-    "WinClipBaseline": {"backbone": "weights/tiny.json"},
+    "Patchcore": {"backbone": "test_resnet", "layers": ["layer3"], "pre_processor": SIZE_64},
+    "ReverseDistillation": {"backbone": "resnet18", "pre_processor": SIZE_64},
+    "WinClipBaseline": {"backbone": "weights/windows.json"},
 }
 """Arguments that make a comparison's models small."""
 FROM_CACHE = ("AnomalyDINO", "FoundAD")
@@ -51,13 +53,15 @@ FROM_CACHE = ("AnomalyDINO", "FoundAD")
 
 
 def small_comparison(path: Path) -> dict[str, Any]:
-    """Return a comparison of configs/compare with small models, one epoch, one seed and two categories.
+    """Return a comparison of configs/compare with small models, one epoch, one seed and as few categories as can be.
 
-    The categories are one with masks and one without, where there are both.
+    These are one with masks and one without, where methods learn from other categories or are most.
     """
     config = yaml.safe_load(path.read_text())
     if config.get("categories"):
-        config["categories"] = [name for name in config["categories"] if name in {"Brain", "Chest", "bottle", "screw"}]
+        protocols = {method["protocol"] for method in config["methods"].values()}
+        kept = {"Brain", "screw"} | ({"Chest"} if path.stem == "table1" or "leave_one_out" in protocols else set())
+        config["categories"] = [name for name in config["categories"] if name in kept]
     config["k_shots"] = [1, 2] if len(config.get("k_shots", [4])) > 1 else [1]
     config["seeds"] = config["seeds"][:1]
     random = [name for name, method in config["methods"].items() if method["model"]["class_path"] not in FROM_CACHE]
@@ -92,8 +96,7 @@ def write_workspace(folder: Path) -> None:
     slices = folder / "slices" / "Brain"
     _write_own(slices, folder / "datasets" / "own")
     write_scans(slices, folder / "datasets" / "scans")
-    for first, category in ((0, "bottle"), (10, "screw")):
-        _write_mvtec(slices, first, folder / "datasets" / "MVTecAD" / category)
+    _write_mvtec(slices, folder / "datasets" / "MVTecAD" / "screw")
     _write_models(folder)
     shutil.copytree(CONFIGS, folder / "configs")
     for path in (folder / "configs" / "compare").glob("*.yaml"):
@@ -132,10 +135,10 @@ def _volume(planes: list[np.ndarray]) -> np.ndarray:
     return np.stack(planes, axis=-1).transpose(1, 0, 2)[::-1, ::-1]
 
 
-def _write_mvtec(slices: Path, first: int, root: Path) -> None:
+def _write_mvtec(slices: Path, root: Path) -> None:
     for part in ("train/good", "test/good", "test/broken", "ground_truth/broken"):
         (root / part).mkdir(parents=True)
-    for index in range(first, first + 10):
+    for index in range(10):
         name = f"{index:03d}.png"
         shutil.copy(slices / "valid/good/img" / name, root / "train/good")
         shutil.copy(slices / "test/good/img" / name, root / "test/good")
@@ -148,6 +151,7 @@ def _write_models(folder: Path) -> None:
     (folder / "weights").mkdir()
     (folder / "checkpoints" / "few-shot").mkdir(parents=True)
     write_config(folder / "weights" / "tiny.json", TINY)
+    write_config(folder / "weights" / "windows.json", WINDOWS)
     torch.save(clip_weights(TINY), folder / "weights" / "ViT-L-14-336px.pt")
     torch.save(adapter_weights(TINY), folder / "checkpoints" / "few-shot" / "Brain.pth")
 
