@@ -6,14 +6,16 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from anomalib_mvfa.baselines import mkd
 from anomalib_mvfa.data.phantom import write_phantom
 from anomalib_mvfa.model.build import build_mvfa
 from anomalib_mvfa.model.torch_model import MvfaModel
-from recipe import MINI, TINY, ClipFiles, write_clip, write_config, write_support_list
+from recipe import MINI, TINY, ClipFiles, vgg_features, write_clip, write_config, write_support_list
 
 # Arrays are small here, and threads would mostly wait for each other: up to 300 times as long on a busy machine.
 torch.set_num_threads(1)
@@ -49,6 +51,14 @@ def tiny_model(tiny_config: Path) -> MvfaModel:
     features = torch.randn(model.backbone.joint_width, 2, generator=generator)
     model.text_features.copy_(torch.nn.functional.normalize(features, dim=0))
     return model
+
+
+@pytest.fixture(scope="module")
+def small_teacher():
+    """Give MKD a small VGG, whatever its name; torchvision's have a classifier of 100 million weights to draw."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mkd, "get_model", lambda name, weights: SimpleNamespace(features=vgg_features()))
+        yield
 
 
 @pytest.fixture(scope="session")

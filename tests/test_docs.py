@@ -28,7 +28,7 @@ from workspace import write_workspace
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # the README trains what other pages use
 IMAGE_SIZE = 28
-SMALL_PATCHCORE = "Patchcore, init_args: {backbone: resnet18, pre_trained: false}}"
+SMALL_PATCHCORE = "Patchcore, init_args: {backbone: test_resnet, pre_trained: false}}"
 WEIGHTS = "weights/ViT-L-14-336px.pt"  # on the pages; a tiny random CLIP here
 BLOCK = re.compile(r"(<!-- not executed: (?P<why>.+?) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\((?!\w+://)([^)#]+)")
@@ -176,6 +176,8 @@ def _overrides(arguments):
     options = {"--model.backbone": "weights/tiny.json", "--model.image_size": IMAGE_SIZE}
     if "--model.pretrained" not in arguments:
         options["--model.pretrained"] = str(Path(WEIGHTS).resolve())
+    if shlex.join(["anomalib", *arguments]) == shlex.join(TRAINED[0]):
+        options["--model.levels"] = "[1]"  # for the exports
     # `fit` goes on from a finished run of one epoch.
     options["--model.max_epochs"] = 2 if command == "fit" or "--select_epoch_on_test" in arguments else 1
     if command != "export":

@@ -21,10 +21,9 @@ from anomalib.models.components import AnomalibModule
 from torchvision.models import get_model_weights
 
 from anomalib_mvfa import AprilGan, Bgad, BMADFewShot, BrainPhantom, Clip, Dra, MedClip, Mkd, Mvfa, WinClipBaseline
-from anomalib_mvfa.baselines import mkd
 from anomalib_mvfa.callbacks import FiniteNumbers
 from anomalib_mvfa.compare.models import Origin, build_model
-from recipe import TINY, WINDOWS, images, vgg_features, write_config
+from recipe import TINY, WINDOWS, images, write_config
 
 SIZE = TINY.image_size
 TINY_CLIP, WINDOW_CLIP = "tiny.json", "windows.json"
@@ -39,14 +38,8 @@ MODELS = {
     Dra: {**RESNET, "image_size": 128},
     Bgad: {**RESNET, "image_size": 64, "layers": ["layer1", "layer2"], "coupling_blocks": 1, "warmup_epochs": 0},
 }
+pytestmark = pytest.mark.usefixtures("small_teacher")
 IMAGE_SIZES = {kind: arguments.get("image_size", 240) for kind, arguments in MODELS.items()}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_teacher():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mkd, "get_model", lambda name, weights: SimpleNamespace(features=vgg_features()))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +159,7 @@ def test_an_openvino_export_gives_the_same_scores(fitted, tmp_path):
     openvino = pytest.importorskip("openvino")
     model, image = fitted.model, images("films", 2, 80)
     if type(model) in {Mvfa, AprilGan, Clip}:
-        pytest.skip("test_engine.py has Mvfa's graph; the others' are parts of it")
+        pytest.skip("test_inputs.py has Mvfa's graph; the others' are parts of it")
     expected = scores(model, image)
     # By way of ONNX. Some processors compute in bfloat16 by OpenVINO's own choice.
     path = fitted.engine.export(model, "openvino", export_root=tmp_path)

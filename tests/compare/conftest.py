@@ -10,7 +10,7 @@ from anomalib_mvfa.compare.config import Comparison
 from anomalib_mvfa.compare.execute import execute
 from anomalib_mvfa.data.phantom import write_phantom
 
-PATCHCORE = {"class_path": "Patchcore", "init_args": {"backbone": "resnet18", "pre_trained": False}}
+PATCHCORE = {"class_path": "Patchcore", "init_args": {"backbone": "test_resnet", "pre_trained": False}}
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,7 @@ OTHERS = {"newer", "tiny"}
 """Comparisons with methods that take long, or that others have as well."""
 
 
+@pytest.mark.usefixtures("small_teacher")
 @pytest.mark.parametrize(
     "path",
     [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in OTHERS), id=path.stem) for path in CONFIGS],

@@ -43,7 +43,7 @@ def test_patchcore_equals_anomalibs_command_line(finished, two_categories, tmp_p
     assert result.metrics["image_F1Score"] == pytest.approx(f1_score(scores.label, scores.predicted), abs=1e-6)
     options = {
         "--model": "Patchcore",
-        "--model.backbone": "resnet18",
+        "--model.backbone": "test_resnet",
         "--model.pre_trained": "false",
         "--model.post_processor": "anomalib_mvfa.model.export.OrderKeepingPostProcessor",
         "--model.evaluator": "anomalib_mvfa.metrics.evaluator.default_evaluator",

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from anomalib_mvfa import BMADFewShot, Mvfa, read_image
 from anomalib_mvfa.data.dataset import SampleDataset
 from anomalib_mvfa.data.phantom import write_phantom
+from recipe import images
 from scan_recipe import write_rgb_16_bit
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
@@ -228,11 +229,6 @@ def test_every_file_is_read_right_or_named(row, folder):
 # ------------------------------------------------------------------------------------------- Every way to score a file
 
 
-@pytest.fixture(scope="module")
-def model(tiny_config):
-    return Mvfa(str(tiny_config), pretrained=None, image_size=56, few_shot_weight=0, visualizer=False)
-
-
 class Kept(Callback):
     """Keeps the map (H, W) of every image, by its path."""
 
@@ -242,6 +238,42 @@ class Kept(Callback):
     on_predict_batch_end = on_test_batch_end
 
 
+@pytest.fixture(scope="module")
+def fitted(tiny_config, phantom_root, tmp_path_factory):
+    """Return an engine that keeps maps, and a fitted model."""
+    quiet = {"enable_progress_bar": False, "logger": False, "accelerator": "cpu", "devices": 1}
+    engine = Engine(default_root_dir=tmp_path_factory.mktemp("fitted"), callbacks=[Kept()], **quiet)
+    model = Mvfa(str(tiny_config), pretrained=None, image_size=56, levels=[1, 2], max_epochs=1, visualizer=False)
+    engine.fit(model, datamodule=BMADFewShot(phantom_root, k_shot=1, train_batch_size=22, num_workers=0))
+    return engine, model
+
+
+@pytest.fixture(scope="module")
+def graph(fitted, tmp_path_factory):
+    """Return the path of the ONNX file, which OpenVINO reads."""
+    for package in ("onnxruntime", "openvino"):
+        pytest.importorskip(package)
+    engine, model = fitted
+    return engine.export(model, ExportType.ONNX, export_root=tmp_path_factory.mktemp("graph"))
+
+
+def test_exported_graphs_give_the_same_maps_at_any_batch_and_size(fitted, graph):
+    import onnxruntime
+    import openvino
+
+    model = fitted[1].eval()
+    session = onnxruntime.InferenceSession(str(graph))
+    names = [output.name for output in session.get_outputs()]
+    # Some processors compute in bfloat16 by OpenVINO's own choice.
+    compiled = openvino.Core().compile_model(openvino.convert_model(graph), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for batch in (torch.rand(3, 3, 300, 200, generator=torch.Generator().manual_seed(0)), images("films", 1, 512)):
+        with torch.no_grad():
+            expected = model(batch).anomaly_map.numpy()
+        by_onnx = dict(zip(names, session.run(None, {"input": batch.numpy()}), strict=True))
+        for found in (by_onnx, compiled(batch.numpy())):
+            np.testing.assert_allclose(found["anomaly_map"].reshape(expected.shape), expected, atol=1e-5)
+
+
 def samples_of(paths):
     samples = pd.DataFrame({"image_path": [*map(str, paths)], "mask_path": "", "label_index": 0, "split": "test"})
     samples.attrs["task"] = "segmentation"
@@ -249,7 +281,7 @@ def samples_of(paths):
 
 
 @pytest.fixture(scope="module")
-def ways(model, tmp_path_factory):
+def ways(fitted, graph, tmp_path_factory):
     """Return every way to score a file, as a function from the name of a row to its map and that of its right pixels.
 
     A run scores all the files that can be read; the data sets of these runs read the others.
@@ -262,9 +294,8 @@ def ways(model, tmp_path_factory):
     for name in fine:
         TABLE[name].write(files[name])
         Image.fromarray(TABLE[name].expected.astype(np.uint8)).save(plain[name])
-    kept = Kept()
-    quiet = {"enable_progress_bar": False, "logger": False, "accelerator": "cpu", "devices": 1}
-    engine = Engine(default_root_dir=root, callbacks=[kept], **quiet)
+    engine, model = fitted
+    (kept,) = (callback for callback in engine.trainer.callbacks if isinstance(callback, Kept))
 
     def by_run(dataset, show, run):
         kept.maps = maps = {}
@@ -310,12 +341,10 @@ def ways(model, tmp_path_factory):
             "predict": by_run(PredictDataset(root / "files"), show_files, predict),
         }
         torched = TorchInferencer(engine.export(model, ExportType.TORCH, export_root=root), device="cpu")
-        openvino = OpenVINOInferencer(
-            engine.export(model, ExportType.OPENVINO, export_root=root), config={"INFERENCE_PRECISION_HINT": "f32"}
-        )
+        from_graph = OpenVINOInferencer(graph, config={"INFERENCE_PRECISION_HINT": "f32"})
         for name in set(TABLE) - set(fine):
             TABLE[name].write(files[name])
-        yield {**ways, "torch": by_inferencer(torched), "OpenVINO": by_inferencer(openvino)}
+        yield {**ways, "torch": by_inferencer(torched), "OpenVINO": by_inferencer(from_graph)}
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -306,3 +306,18 @@ def test_one_image_scores_as_in_a_batch(build, views, image_score):
         alone = model(IMAGES[row : row + 1])
         assert torch.allclose(alone.pred_score[0], together.pred_score[row], atol=1e-6)
         assert torch.allclose(alone.anomaly_map[0], together.anomaly_map[row], atol=1e-6)
+
+
+def test_compiled_model_equals_eager_at_any_batch_without_recompiling(build, views):
+    model = build(levels=[1, 2])
+    set_ranges(model, fill_bank(model, views(abnormal=False)))
+    # The graphs are what is compared; generating code for them would take a minute.
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for batch in (1, 3, 8):
+        image = torch.rand(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(batch))
+        torch._dynamo.decorators.mark_unbacked(image, 0)
+        with torch.no_grad(), torch.compiler.set_stance("default" if batch == 1 else "fail_on_recompile"):
+            result = compiled(image)
+        expected = model(image)
+        torch.testing.assert_close(result.anomaly_map, expected.anomaly_map, atol=1e-5, rtol=0)
+        torch.testing.assert_close(result.pred_score, expected.pred_score, atol=1e-5, rtol=0)

@@ -206,7 +206,7 @@ def test_a_run_a_checkpoint_and_exports(model, saved, phantom_root, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     backbone, weights = saved("rotary" if model is Mvfa else "registers")
     epochs = {} if model is Clip else {"max_epochs": 1}
-    trained = model(backbone, weights, SIZE, visualizer=False, **epochs)
+    trained = model(backbone, weights, SIZE, levels=[1], visualizer=False, **epochs)
     data = BMADFewShot(phantom_root, k_shot=1, train_batch_size=22, num_workers=0)
     quiet = {"enable_progress_bar": False, "logger": False, "accelerator": "cpu", "devices": 1}
     engine = Engine(default_root_dir=tmp_path / "results", **quiet)
