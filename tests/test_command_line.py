@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import to_dtype, to_image
 
 from anomalib_mvfa import BMADFewShot, Mvfa, read_image, save_adapters
 from anomalib_mvfa.model.build import build_mvfa
-from recipe import MINI, write_clip
+from recipe import TINY, write_clip
 
 ARGUMENTS = {
     "backbone": "clip.json",
@@ -44,7 +44,7 @@ def trained(categories, film, tmp_path_factory):
     """A checkpoint of a model trained by relative paths, what it scored, and what it was made of."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("training"))
-        config, weights, _ = write_clip(Path.cwd(), MINI)
+        config, weights, _ = write_clip(Path.cwd(), TINY)
         config.rename("clip.json")
         weights.rename("weights.pt")
         save_adapters(build_mvfa("clip.json", None, levels=ARGUMENTS["levels"], seed=1), "adapters.pth")

@@ -146,7 +146,7 @@ def _run(words, monkeypatch):
     match words:
         case ["export", assignment]:
             variable = assignment.partition("=")[0]
-            # Read at import; tests/model/test_lightning_model.py shows the effect in a fresh interpreter.
+            # Read at import; tests/test_plugin.py shows the effect in a fresh interpreter.
             assert f'os.environ.get("{variable}"' in SOURCES
         case ["make", "demo"]:  # tests/test_demo.py runs it
             assert "-m anomalib_mvfa.demo" in (ROOT / "Makefile").read_text()
@@ -188,7 +188,7 @@ def _overrides(arguments):
     if command == "repeat":
         options["--seeds"] = 0
     config = arguments[arguments.index("--config") + 1] if "--config" in arguments else ""
-    if Path(config).name in {"own_data.yaml", "mvtec.yaml"} or command == "repeat":
+    if Path(config).name in {"own_data.yaml", "mvtec.yaml", "scans.yaml"} or command == "repeat":
         options["--data.k_shot"] = 1
     return [f"{name}={value}" for name, value in options.items()]
 

@@ -160,7 +160,7 @@ def test_failing_plugin_only_warns_and_once(small_world, imports):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, to import torch only once")
-def test_every_first_import_attaches_everything():
+def test_every_first_import_attaches_everything_and_the_environment_sets_defaults(tiny_config):
     by_hand = """
 hooks = [finder for finder in sys.meta_path if type(finder).__module__ == "anomalib_mvfa_hook"]
 sys.meta_path.remove(*hooks)
@@ -173,13 +173,29 @@ once = dict(vars(anomalib.models)), dict(vars(anomalib.data)), set(anomalib.mode
 anomalib_mvfa.register()
 assert once == (vars(anomalib.models), vars(anomalib.data), anomalib.models.ALLOWED_MODULES)
 """
+    by_environment = """
+import inspect, anomalib_mvfa
+kinds = [getattr(anomalib_mvfa, name) for name in model_names.values()]
+found = [(name, p.default) for kind in kinds for name, p in inspect.signature(kind).parameters.items()]
+assert {default for name, default in found if name == "pretrained"} == {None}
+assert {default for name, default in found if name == "pre_trained"} == {False}
+assert anomalib_mvfa.Mvfa().hparams["backbone"] == os.environ["ANOMALIB_MVFA_BACKBONE"]
+"""
+    torch_alone = """
+for name in [name for name in sys.modules if name.partition(".")[0] == "lightning"]:
+    del sys.modules[name]
+from anomalib_mvfa import MvfaModel, build_mvfa
+assert not {"anomalib", "lightning"} & {*sys.modules}
+print(number, flush=True)
+os._exit(0)
+"""
     first_imports = [
         "import anomalib.models",
         "import anomalib.data",
-        "from anomalib.models.image.padim import Padim",
-        "from anomalib_mvfa import Mvfa",
         "from anomalib.cli.cli import main",
         by_hand,
+        by_environment,
+        torch_alone,
     ]
     printed = python(
         f"""
@@ -221,6 +237,8 @@ assert once == (vars(anomalib.models), vars(anomalib.data), anomalib.models.ALLO
             finally:
                 os._exit(0)
         """,
+        ANOMALIB_MVFA_BACKBONE=str(tiny_config),
+        ANOMALIB_MVFA_PRETRAINED="null",
     )
     assert printed.split() == [str(number) for number in range(len(first_imports))]
 

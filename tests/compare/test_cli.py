@@ -7,6 +7,7 @@ from anomalib_mvfa.compare import cli, runner
 from anomalib_mvfa.compare.config import Comparison
 from anomalib_mvfa.compare.job import jobs_of
 from anomalib_mvfa.compare.results import read_results
+from recipe import TINY, write_clip
 
 
 def test_the_exit_code_and_the_output_tell(comparison, done, tmp_path, capsys):
@@ -66,17 +67,19 @@ def test_the_command_line_may_change_what_is_run(comparison, done, tmp_path):
     assert (saved.seeds, saved.reference) == ([7], "MVFA")
 
 
-def test_repeat_is_a_comparison_of_one_model(mini_clip, phantom_root, done, tmp_path):
+def test_repeat_is_a_comparison_of_one_model(phantom_root, done, tmp_path):
+    clip = write_clip(tmp_path, TINY)
     options = {
         "--model": "Mvfa",
-        "--model.backbone": mini_clip.config,
-        "--model.pretrained": mini_clip.weights,
+        "--model.backbone": clip.config,
+        "--model.pretrained": clip.weights,
         "--model.image_size": 56,
         "--model.max_epochs": 2,
         "--model.visualizer": "false",
         "--data": "BMADFewShot",
         "--data.root": phantom_root,
         "--data.k_shot": 1,
+        "--data.train_batch_size": 22,
         "--data.num_workers": 0,
         "--trainer.accelerator": "cpu",
         "--trainer.gradient_clip_val": 1.0,

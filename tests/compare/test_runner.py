@@ -13,8 +13,9 @@ import pytest
 from filelock import FileLock
 
 from anomalib_mvfa import BMADOneClass
+from anomalib_mvfa.callbacks import TERMINATED
 from anomalib_mvfa.compare import cli, runner
-from anomalib_mvfa.compare.execute import execute, write_failure
+from anomalib_mvfa.compare.execute import execute, main, write_failure
 from anomalib_mvfa.compare.job import identify, jobs_of
 from anomalib_mvfa.compare.results import read_result, read_results
 
@@ -87,15 +88,6 @@ def test_two_comparisons_do_not_share_a_folder(comparison, done, tmp_path):
     with FileLock(tmp_path / ".lock"), pytest.raises(RuntimeError, match="Another process is running"):
         runner.compare(comparison(), tmp_path)
     assert done == []
-
-
-def test_a_job_in_a_process_of_its_own_equals_one_here(comparison, tmp_path):
-    plan = small(comparison)
-    plan = replace(plan, methods={"PatchCore": plan.methods["PatchCore"]})
-    (result,) = runner.compare(plan, tmp_path / "run")
-    here = execute(jobs_of(plan)[0], tmp_path / "here")
-    assert (result.metrics, result.digest, result.error) == (here.metrics, here.digest, None)
-    assert "image_AUROC" in (tmp_path / "run" / "logs" / f"{result.job}.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -194,28 +186,39 @@ def test_a_stopped_comparison_goes_on(comparison, scripted, tmp_path, monkeypatc
     assert not list((tmp_path / "jobs").glob(".*"))
 
 
-def test_a_real_job_ends_when_told_to_and_with_its_parent(comparison, tmp_path):
-    endless = replace(comparison().methods["MVFA"], trainer={"max_epochs": 100000})
-    small(comparison, methods={"A": endless, "B": endless}).save(tmp_path / "plan.yaml")
-    arguments = ["--config", str(tmp_path / "plan.yaml"), "--output", str(tmp_path / "run"), "--workers", "2"]
-    process = get_context("fork").Process(target=run_here, args=(arguments,))
+def endless(comparison):
+    return replace(comparison().methods["MVFA"], trainer={"max_epochs": 100000})
+
+
+def test_real_jobs_equal_those_of_this_process_and_end_with_their_parent(comparison, tmp_path):
+    plan = small(comparison, methods={"PatchCore": comparison().methods["PatchCore"], "endless": endless(comparison)})
+    plan.save(tmp_path / "plan.yaml")
+    run = tmp_path / "run"
+    process = get_context("fork").Process(
+        target=run_here, args=(["--config", str(tmp_path / "plan.yaml"), "--output", str(run), "--workers", "2"],)
+    )
     process.start()
-    wait_for(lambda: len([*(tmp_path / "run" / "jobs").glob(".*.partial")]) == 2, 120)  # both are at work
-    found = {path: status(path) for path in Path("/proc").glob("[0-9]*/status")}
-    children = [int(path.parent.name) for path, text in found.items() if f"PPid:\t{process.pid}\n" in text]
-    assert len(children) == 2
-    os.kill(children[0], signal.SIGTERM)  # one is pre-empted: neither it nor the other one has failed
-    wait_for(lambda: read_results(tmp_path / "run"))
+    wait_for(lambda: [*(run / "jobs").glob(".endless*.partial")] and read_results(run), 120)
+    found = {path.parent: status(path) for path in Path("/proc").glob("[0-9]*/cmdline")}
+    (child,) = [path / "status" for path, text in found.items() if f"{run}\0endless-Chest-k2-s0" in text]
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    wait_for(
-        lambda: not any("State:" in status(path) and "State:\tZ" not in status(path) for path in map(proc, children))
-    )
-    assert [result.status for result in read_results(tmp_path / "run")] == ["interrupted"]
+    wait_for(lambda: "State:" not in status(child) or "State:\tZ" in status(child))
+    (result,) = read_results(run)
+    here = execute(jobs_of(plan)[0], tmp_path / "here")
+    assert (result.metrics, result.digest, result.error) == (here.metrics, here.digest, None)
+    assert "image_AUROC" in (run / "logs" / f"{result.job}.log").read_text()
 
 
-def proc(pid):
-    return Path(f"/proc/{pid}/status")
+def test_a_real_job_ends_when_told_to_and_leaves_nothing(comparison, tmp_path):
+    small(comparison, methods={"A": endless(comparison)}).save(tmp_path / "config.yaml")
+    process = get_context("fork").Process(target=lambda: sys.exit(main([str(tmp_path), "A-Chest-k2-s0"])))
+    process.start()
+    wait_for(lambda: [*(tmp_path / "jobs").glob(".*.partial")])
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == TERMINATED
+    assert read_results(tmp_path) == []
 
 
 def status(path):

@@ -11,7 +11,7 @@ from anomalib_mvfa.model import lightning_model
 from anomalib_mvfa.model.held_out import PARTS, split
 
 LABELS = [0] * 6 + [1] * 5
-OPTIONS = {"image_size": 56, "max_epochs": 2, "visualizer": False, "learning_rate": 0.01}
+OPTIONS = {"image_size": 56, "max_epochs": 1, "visualizer": False, "learning_rate": 0.01}
 
 
 def test_every_image_is_held_out_once_with_its_group():
