@@ -167,11 +167,11 @@ TINY_CLIP = {
     **PLAIN,
     "model.backbone": "weights/tiny.json",
     "model.pretrained": "weights/ViT-L-14-336px.pt",
-    "model.image_size": 56,
+    "model.image_size": 28,
 }
 SHORT = {**TINY_CLIP, "model.max_epochs": 1}
 CASES = {
-    "demo": Case(check_demo, {"model.max_epochs": 1, "data.source.init_args.size": 64}),
+    "demo": Case(check_demo, {"model.max_epochs": 1, "model.image_size": 56, "data.source.init_args.size": 64}),
     "few_shot": Case(check_few_shot, SHORT),
     "leave_one_out": Case(check_leave_one_out, SHORT),
     "mvfa_paper_losses": Case(check_mvfa_paper_losses, SHORT),
@@ -203,10 +203,6 @@ def here(workspace, tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------------------- Tests
-
-
-def test_every_config_has_a_case():
-    assert {path.stem for path in CONFIGS} == set(CASES)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

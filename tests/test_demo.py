@@ -20,7 +20,7 @@ def checkout(tmp_path, monkeypatch):
 
 
 def test_report_names_scores_pictures_seed_and_device(checkout, capsys):
-    quick = ["--model.max_epochs=1", "--data.source.init_args.size=64", "--data.k_shot=1"]
+    quick = ["--model.max_epochs=1", "--model.image_size=56", "--data.source.init_args.size=64", "--data.k_shot=1"]
     scores = demo.main(["--seed=3", *quick, "--trainer.accelerator=cpu"])
 
     report = capsys.readouterr().out.rpartition("untrained  trained")[2]

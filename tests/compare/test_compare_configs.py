@@ -7,10 +7,10 @@ import pytest
 import timm
 from safetensors.torch import save_file
 
-from anomalib_mvfa.compare import cli, runner
+from anomalib_mvfa.compare import runner
 from anomalib_mvfa.compare.config import Comparison
 from anomalib_mvfa.compare.execute import execute
-from anomalib_mvfa.compare.job import WITH_SHOTS, jobs_of
+from anomalib_mvfa.compare.job import WITH_SHOTS
 from anomalib_mvfa.compare.paper import paper_table
 from anomalib_mvfa.compare.report import report
 from workspace import FROM_CACHE, small_comparison, write_workspace
@@ -67,18 +67,6 @@ def test_every_comparison_runs(path, workspace, tmp_path, monkeypatch, cache):
     assert all(len(test_sets) == 1 for test_sets in by_category.values())
     page = report(tmp_path).read_text()
     assert plan.title in page or plan.title.replace("&", "&amp;") in page
-
-
-def test_a_dry_run_of_table_1_names_all_jobs_of_its_eleven_methods(workspace, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(workspace)
-    plan = Comparison(**small_comparison(next(path for path in CONFIGS if path.stem == "table1")))
-    plan.save(tmp_path / "table1.yaml")
-    arguments = ["--config", str(tmp_path / "table1.yaml"), "--output", str(tmp_path / "run"), "--dry_run"]
-    assert cli.main("compare", arguments) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if "-s0" in line] == [job.folder for job in jobs_of(plan)]
-    assert len(plan.methods) == 11
-    assert len(jobs_of(plan)) == 2 * 11 - 1  # BGAD needs masks
 
 
 def test_a_papers_methods_are_called_as_in_the_paper():
