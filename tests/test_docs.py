@@ -176,8 +176,8 @@ def _overrides(arguments):
     options = {"--model.backbone": "weights/tiny.json", "--model.image_size": IMAGE_SIZE}
     if "--model.pretrained" not in arguments:
         options["--model.pretrained"] = str(Path(WEIGHTS).resolve())
-    if shlex.join(["anomalib", *arguments]) == shlex.join(TRAINED[0]):
-        options["--model.levels"] = "[1]"  # for the exports
+    if ["anomalib", *arguments] == TRAINED[0]:
+        options["--model.levels"] = "[1]"  # which is faster to export
     # `fit` goes on from a finished run of one epoch.
     options["--model.max_epochs"] = 2 if command == "fit" or "--select_epoch_on_test" in arguments else 1
     if command != "export":

@@ -268,7 +268,8 @@ def test_exported_graphs_give_the_same_maps_at_any_batch_and_size(fitted, graph)
     compiled = openvino.Core().compile_model(openvino.convert_model(graph), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for batch in (torch.rand(3, 3, 300, 200, generator=torch.Generator().manual_seed(0)), images("films", 1, 512)):
         with torch.no_grad():
-            expected = model(batch).anomaly_map.numpy()
+            resized = model.pre_processor.transform(batch)  # as in the engine
+            expected = model.post_processor(model.model(resized)).anomaly_map.numpy()
         by_onnx = dict(zip(names, session.run(None, {"input": batch.numpy()}), strict=True))
         for found in (by_onnx, compiled(batch.numpy())):
             np.testing.assert_allclose(found["anomaly_map"].reshape(expected.shape), expected, atol=1e-5)
