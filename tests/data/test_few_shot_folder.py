@@ -64,7 +64,29 @@ def paths(data):
     return [path for part in parts(data) for path in part.image_path]
 
 
+def add_split(first):
+    """A change of a table that adds the column split: ``first`` of the first image, then every third one is tested."""
+
+    def change(rows):
+        for row, cells in enumerate(rows):
+            cells.append("test" if row % 3 == 0 else "train")
+        rows[0][-1], rows[1][-1] = "split", first
+
+    return change
+
+
 # ---------------------------------------------------------------------------------------------------- What is for what
+
+
+def test_a_table_may_say_what_is_tested(own):
+    table = write_table(own, lambda rows: [add_split("train")(rows), drop_groups(rows)])
+    drawn = [own_images(None, table=table, seed=seed) for seed in (0, 1)]
+    assert [counts(data) for data in drawn] == [[(3, 3), (4, 4), (3, 3)]] * 2
+    first, second = [[{*part.image_path} for part in parts(data)] for data in drawn]
+    assert first[2] == second[2]  # the same images are tested
+    assert first[0] != second[0]
+    full = ready(FullNormal(FewShotFolder(table=table, k_shot=3), k_shot=3))
+    assert {*full.train_data.samples.image_path} == {path for path in first[0] if "/normal/" in path}
 
 
 @pytest.mark.parametrize("masks", [0, 1, 6, 10])
@@ -188,6 +210,7 @@ TABLES = {
         r"1 rows give a normal image a mask: row 1",
     ),
     "unknown label": (change(2, 1, "ill"), r"1 rows have another label than normal, 0, abnormal, 1: row 2 \('ill'\)"),
+    "split": (add_split("valid"), r"1 rows have another split than train and test: row 1 \('valid'\)"),
     "group of some": (change(3, 3, ""), r"1 rows have no group, where others have one: row 3"),
     "other columns": (
         change(0, 0, "file"),
@@ -225,7 +248,7 @@ def test_what_is_wrong_with_folders_is_named(own, arguments, error):
 
 def test_what_is_not_read_is_named(own, caplog):
     own_images(None, table=write_table(own, change(0, 3, "patient")))
-    assert "table.csv: the columns patient are not read; image, label, mask, group are." in caplog.text
+    assert "table.csv: the columns patient are not read; image, label, mask, group, split are." in caplog.text
     (own / "abnormal").rename(own / "ill")
     shutil.rmtree(own / "masks")
     own_images(own)

@@ -210,6 +210,9 @@ def test_no_abnormal_image_gives_k_normal_ones_as_they_are(phantom_root):
     (batch,) = data.train_dataloader()
     assert batch.gt_label.tolist() == [False] * 3
     assert paths(data.support) == paths(data.train_data)
+    with_views = ready(BMADFewShot(phantom_root, k_shot=3, abnormal_shots=0, views=True, num_workers=0))
+    assert len(with_views.train_data) == 33
+    assert describe(with_views).normal_only
 
 
 def test_numbers_out_of_bounds_are_refused(phantom_root):

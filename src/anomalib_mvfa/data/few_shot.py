@@ -50,6 +50,8 @@ class FewShot(SplitDataModule):
             in more than one of support, validation and test: validation images that share one with either are left out.
             By default, the source's ``group_by`` if it has one, as :class:`~anomalib_mvfa.data.scans.Scans` has.
         train_batch_size: Views in a training batch; by default the model's: 1 for MVFA, which does worse with more.
+        views: Whether methods that learn from normal images alone get their views as well. Those that augment by
+            themselves need none.
         kwargs: Further arguments of :class:`~anomalib_mvfa.data.base.SplitDataModule`.
 
     Attributes:
@@ -73,6 +75,7 @@ class FewShot(SplitDataModule):
         support_list: Path | str | None = None,
         group_by: str | None = None,
         train_batch_size: int | None = None,
+        views: bool = False,
         **kwargs,  # noqa: ANN003  # the protocols' common arguments
     ) -> None:
         self.source = resolve_source(source)
@@ -82,6 +85,7 @@ class FewShot(SplitDataModule):
         for name, low in (("k_shot", 1), ("abnormal_shots", 0)):
             if (value := getattr(self, name)) is not None:
                 check_bounds(name, value, low)
+        self.views = views
         self.support_list = support_list
         self.group_by = group_by or getattr(self.source, "group_by", None)
         check_pattern("group_by", self.group_by)
@@ -115,8 +119,8 @@ class FewShot(SplitDataModule):
 
         as_they_are = SampleDataset.of(dataset, support, self.class_name)
         self.support = SupportViewDataset(as_they_are)
-        # Methods that learn from normal images augment by themselves; the views are MVFA's augmentation.
-        self.train_data = self.support if has_label(as_they_are, LabelName.ABNORMAL) else as_they_are
+        needs_views = self.views or has_label(as_they_are, LabelName.ABNORMAL)
+        self.train_data = self.support if needs_views else as_they_are
         self.val_data = SampleDataset.of(dataset, val, self.class_name)
         self.test_data = SampleDataset.of(self.source.test_data, test, self.class_name)
         self._log(dataset.samples if own is None else pd.concat([dataset.samples, test]), undivided)

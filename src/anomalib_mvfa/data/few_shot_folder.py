@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from anomalib.data import AnomalibDataModule
-from anomalib.data.utils import LabelName, ValSplitMode
+from anomalib.data.utils import LabelName, Split, ValSplitMode
 from pandas import DataFrame, Series
 
 from ..arguments import check_bounds, optional_text
@@ -23,12 +23,17 @@ FOLDERS = {"normal": "normal", "abnormal": "abnormal", "masks": "masks"}
 """Default names of folders by the arguments that name them."""
 LABELS = {"normal": LabelName.NORMAL, "0": LabelName.NORMAL, "abnormal": LabelName.ABNORMAL, "1": LabelName.ABNORMAL}
 """What a table may call the labels."""
-COLUMNS = ("image", "label", "mask", "group")
-"""Columns of a table; the last two may be missing."""
+SPLITS = ("train", "test")
+"""What a table may call its own split."""
+COLUMNS = ("image", "label", "mask", "group", "split")
+"""Columns of a table; the last three may be missing."""
 
 
 class OwnImages(NamedFolder):
-    """The images of :class:`FewShotFolder`, which the protocol at hand divides: all are test images to begin with."""
+    """The images of :class:`FewShotFolder`, which the protocol at hand divides: all are test images to begin with.
+
+    A table may divide them itself: the support is then drawn from its images to train on.
+    """
 
     undivided = partial_masks = True
     group_by: str | None = None
@@ -59,10 +64,16 @@ class OwnImages(NamedFolder):
             msg = f"{self.place} has no normal image, and at least one is needed. Add some."
             raise ValueError(msg)
         samples.attrs["task"] = "segmentation" if samples.mask_path.any() else "classification"
-        self.test_data, self.train_data = SampleDataset(samples), SampleDataset(samples[is_normal])
+        is_tested = samples.split == Split.TEST.value
+        self.undivided = bool(is_tested.all())
+        self.val_split_mode = ValSplitMode.NONE if self.undivided else ValSplitMode.FROM_DIR
+        self.train_data = SampleDataset(samples[is_normal & (~is_tested | self.undivided)])
+        self.val_data, self.test_data = SampleDataset(samples[~is_tested]), SampleDataset(samples[is_tested])
 
     def _create_test_split(self) -> None:
         """Leave all images where they are."""
+
+    _create_val_split = _create_test_split
 
     def _found(self) -> DataFrame:
         """Return the samples table of the folders; without a folder of a default name, there are none of its kind."""
@@ -79,7 +90,7 @@ class OwnImages(NamedFolder):
         if unread := sorted(set(there) - {Path(name).parts[0] for name in found.values() if name}):
             logger.warning("%s: the folders %s are not read, or empty.", self.place, ", ".join(unread))
         self.normal_dir, self.abnormal_dir, self.mask_dir = str(found["normal"]), found["abnormal"], found["masks"]
-        return self._find_samples()
+        return self._find_samples().assign(split=Split.TEST.value)
 
     def _listed(self) -> DataFrame:
         """Return the samples table of the CSV file."""
@@ -91,6 +102,7 @@ class OwnImages(NamedFolder):
         }
         labels = table.label.str.lower().map(LABELS)
         masked, grouped = files["mask"] != "", table.get("group", empty) != ""
+        split = table.get("split", empty).str.lower()
         self._refuse(labels.isna(), table.label, f"have another label than {', '.join(LABELS)}")
         for name, paths in files.items():
             is_there = paths.map(os.path.isfile) | ((paths == "") & (name == "mask"))
@@ -100,9 +112,11 @@ class OwnImages(NamedFolder):
         self._refuse(masked & (labels == LabelName.NORMAL), files["mask"], "give a normal image a mask")
         if grouped.any():
             self._refuse(~grouped, files["image"], "have no group, where others have one")
+        if (split != "").any():
+            self._refuse(~split.isin(SPLITS), split, f"have another split than {' and '.join(SPLITS)}")
         samples = DataFrame({"image_path": files["image"], "mask_path": files["mask"], "label_index": labels})
         samples["label"] = np.where(labels == LabelName.NORMAL, "normal", "abnormal")
-        samples["split"] = "test"
+        samples["split"] = split.replace("", Split.TEST.value)
         return samples.assign(group=table.group) if grouped.any() else samples
 
     def _read_table(self) -> DataFrame:
@@ -153,9 +167,11 @@ class FewShotFolder(FewShot):
         abnormal: Folder of abnormal images; without it, only a memory bank of the normal ones is built.
         masks: Folder of masks of the abnormal images, under their names; there may be none.
         table: In place of root, a CSV file with the columns image, label (normal and abnormal, or 0 and 1) and, if
-            wanted, mask and group. Paths are relative to its folder. A group, such as a patient, is never divided.
+            wanted, mask, group and split. Paths are relative to its folder. A group, such as a patient, is never
+            divided. With split (train and test), the test images are those, and the support is drawn from the others.
         name: Name under which results are filed, that of the root or table by default.
-        test_split_ratio: Share of the images beside the support that are tested on; the others validate.
+        test_split_ratio: Share of the images beside the support that are tested on; the others validate. A table's own
+            split goes before it.
         kwargs: Arguments of :class:`~anomalib_mvfa.data.few_shot.FewShot` other than the source. With ``k_shot`` None,
             all images are the support, to predict on others. Support groups are whole ones, of K images or more.
 
