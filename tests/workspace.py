@@ -67,7 +67,10 @@ def small_comparison(path: Path) -> dict[str, Any]:
     random = [name for name, method in config["methods"].items() if method["model"]["class_path"] not in FROM_CACHE]
     config["weights"] = dict.fromkeys(random)
     config["accelerator"] = "cpu"
-    config["data"]["init_args"]["num_workers"] = 0
+    if isinstance(config["data"], list):
+        config["data"] = [mapping for mapping in config["data"] if mapping["init_args"]["name"] in {"Kidney", "Chest"}]
+    for mapping in config["data"] if isinstance(config["data"], list) else [config["data"]]:
+        mapping["init_args"]["num_workers"] = 0
     for method in config["methods"].values():
         arguments = method["model"].setdefault("init_args", {})
         arguments.update(SMALL[method["model"]["class_path"]])
@@ -90,7 +93,7 @@ def write_workspace(folder: Path) -> None:
         (folder / name).rmdir()
         for masks in () if category.has_masks else [*bmad.glob(f"{name}/*/*/label")]:
             shutil.rmtree(masks)
-    (folder / "datasets" / "bmad_mini").symlink_to(bmad)
+    _write_tables(bmad, folder / "datasets" / "real")
     write_support_list(folder / "datasets" / "fewshot_seed", "Brain", NORMAL, ABNORMAL)
     write_phantom(folder / "slices", seed=len(CATEGORIES), size=SIZE, train=0, valid=20, test=20)
     slices = folder / "slices" / "Brain"
@@ -101,6 +104,20 @@ def write_workspace(folder: Path) -> None:
     shutil.copytree(CONFIGS, folder / "configs")
     for path in (folder / "configs" / "compare").glob("*.yaml"):
         path.write_text(yaml.safe_dump(small_comparison(path), sort_keys=False))
+
+
+def _write_tables(bmad: Path, root: Path) -> None:
+    """Write tables of images that say what is tested, one with masks and one without."""
+    root.mkdir()
+    for name, category in (("Kidney", "Brain"), ("Chest", "Chest")):
+        rows = ["image,label,mask,split"]
+        for image in sorted(bmad.glob(f"{category}/[tv]*/*/img/*")):
+            kind, split = image.parts[-3], image.parts[-4]
+            mask = _mask(image) if kind == "Ungood" and category == "Brain" else ""
+            label = {"good": "normal", "Ungood": "abnormal"}[kind]
+            if split != "train":
+                rows.append(f"{image},{label},{mask},{'train' if split == 'valid' else 'test'}")
+        (root / f"{name}.csv").write_text("\n".join(rows))
 
 
 def _write_own(slices: Path, root: Path) -> None:
