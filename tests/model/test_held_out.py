@@ -65,7 +65,8 @@ def test_thresholds_come_from_models_that_have_not_learnt_from_the_image(fit, ev
 
     original = lightning_model.held_out_scores
     monkeypatch.setattr(lightning_model, "held_out_scores", watched)
-    model = fit(everything())
+    falling = {"warmup_epochs": 1, "max_epochs": 2}
+    model = fit(everything(), **falling)
     evidence = model.post_processor.evidence
     assert (evidence.images, evidence.learnt, len(evidence.scores)) == ("held-out support", False, 12)
     assert sorted(evidence.labels) == [0] * 6 + [1] * 6
@@ -80,7 +81,7 @@ def test_thresholds_come_from_models_that_have_not_learnt_from_the_image(fit, ev
         without.support = without.train_data = SupportViewDataset(some)
 
     without._setup = leave_out
-    other = fit(without, threshold=0.5, class_name=model.settings.class_name).eval()
+    other = fit(without, threshold=0.5, class_name=model.settings.class_name, **falling).eval()
     for (predictions, item), row in zip(found["scored"], out, strict=False):
         assert item.image_path == found["samples"].image_path.iloc[row]
         expected = other.model(torch.as_tensor(item.image)[None])

@@ -204,6 +204,21 @@ def test_frozen_blocks_run_once_for_images_that_come_again(make, few_shot, engin
     assert model.model.cache is None
 
 
+@pytest.mark.parametrize(("warmup_epochs", "rates"), [(None, [1] * 6), (1, [0.01, 0.51, 1, 0.85, 0.5, 0.15])])
+def test_the_learning_rate_rises_and_falls_where_asked(make, few_shot, engine, warmup_epochs, rates):
+    found = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            found.append(trainer.optimizers[0].param_groups[1]["lr"] / 1e-3)
+
+    data = few_shot(train_batch_size=VIEWS // 2)
+    engine(callbacks=[Watch()], limit_val_batches=0).fit(
+        make(max_epochs=3, warmup_epochs=warmup_epochs), datamodule=data
+    )
+    assert found == pytest.approx(rates, abs=0.01)
+
+
 def test_normal_only_data_train_nothing(make):
     """What is built and said of them is shown in test_mistakes."""
     model = make()

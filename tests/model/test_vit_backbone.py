@@ -211,6 +211,7 @@ def test_a_run_a_checkpoint_and_exports(model, saved, phantom_root, tmp_path, mo
     quiet = {"enable_progress_bar": False, "logger": False, "accelerator": "cpu", "devices": 1}
     engine = Engine(default_root_dir=tmp_path / "results", **quiet)
     engine.train(trained, datamodule=data)
+    assert getattr(trained, "warmup_epochs", 0) == (model is Mvfa)  # as constant rates are for CLIP
     loaded = model.load_from_checkpoint(engine.trainer.checkpoint_callback.best_model_path)
     paths = sorted((phantom_root / "Brain/test/Ungood/img").iterdir())[:2]
     expected = trained.eval()(

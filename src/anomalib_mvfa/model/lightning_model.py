@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DistributedSampler
 from torchvision.transforms.v2 import Resize
 
@@ -37,6 +39,8 @@ logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings 
 
 BETAS = (0.5, 0.999)
 """Betas of Adam, as published."""
+FIRST_SHARE = 0.01
+"""Epochs by which the learning rate's rise is ahead, so that the first step learns something."""
 
 
 class AdapterTrainingMixin(FusionMixin):
@@ -44,9 +48,11 @@ class AdapterTrainingMixin(FusionMixin):
 
     Attributes:
         loss: Loss of a batch.
+        warmup_epochs: Epochs in which the learning rate rises, see :class:`Mvfa`.
     """
 
     loss: MvfaLoss
+    warmup_epochs = 0
     _saw_masks = False
     _start: Any = None
 
@@ -64,9 +70,13 @@ class AdapterTrainingMixin(FusionMixin):
                 "built. Use a FewShot datamodule to learn from labelled images.",
             )
 
-    def configure_optimizers(self) -> torch.optim.Optimizer | None:
+    def configure_optimizers(self) -> Any:  # noqa: ANN401  # Lightning's
         """Return Adam over both branches: bit-equal to the two optimisers of the published code."""
-        return self._optimizer_of(self.model) if self.learns else None
+        if not self.learns:
+            return None
+        optimizer = self._optimizer_of(self.model)
+        schedule = {"scheduler": self._schedule_of(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule} if self.warmup_epochs else optimizer
 
     def _optimizer_of(self, model: MvfaModel) -> torch.optim.Optimizer:
         groups = [
@@ -74,6 +84,13 @@ class AdapterTrainingMixin(FusionMixin):
             for adapters in (model.seg_adapters, model.det_adapters)
         ]
         return torch.optim.Adam(groups, lr=self.settings.learning_rate or 0.0, betas=BETAS)
+
+    def _schedule_of(self, optimizer: torch.optim.Optimizer, steps: int | None = None) -> LambdaLR:
+        """Return learning rates of an optimizer, in as many epochs as this fit has, of so many steps or of its own."""
+        planned = self.trainer.estimated_stepping_batches  # it counts the batches, too
+        own_steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        epochs = planned / own_steps
+        return LambdaLR(optimizer, lambda step: rate_share(step / (steps or own_steps), self.warmup_epochs, epochs))
 
     def on_fit_start(self) -> None:
         """Keep the adapters as they are, and the frozen part of images that come again in every epoch."""
@@ -141,8 +158,9 @@ class AdapterTrainingMixin(FusionMixin):
     def _train_anew(self, model: MvfaModel, views: SupportViewDataset) -> None:
         """Train a model on support views as this one was, step by step."""
         datamodule: Any = self.datamodule
-        optimizer = self._optimizer_of(model)
         loader = train_loader(views, datamodule.train_batch_size, datamodule.seed, num_workers=0)
+        optimizer = self._optimizer_of(model)
+        schedule = self._schedule_of(optimizer, len(loader))
         sampler: Any = loader.sampler if isinstance(loader.sampler, DistributedSampler) else loader.batch_sampler
         for epoch in range(self.trainer.fit_loop.epoch_progress.current.started):
             sampler.set_epoch(epoch)
@@ -153,6 +171,20 @@ class AdapterTrainingMixin(FusionMixin):
                 optimizer.zero_grad()
                 self._loss_of(model, moved).backward()
                 optimizer.step()
+                schedule.step()
+
+
+def rate_share(epoch: float, rise: float, epochs: float) -> float:
+    """Return the share of the learning rate at a time of training: it rises to 1, and falls as half a cosine.
+
+    Args:
+        epoch: The time, in epochs.
+        rise: Epochs in which it rises; with 0 it stays 1.
+        epochs: Epochs in all; infinite where there is no end.
+    """
+    if epoch < rise:
+        return (epoch + FIRST_SHARE) / (rise + FIRST_SHARE)
+    return 0.5 * (1 + math.cos(math.pi * (epoch - rise) / max(epochs - rise, 1))) if rise else 1.0
 
 
 def _no_loss(module: nn.Module) -> torch.Tensor:
@@ -174,6 +206,9 @@ class Mvfa(AdapterTrainingMixin, AnomalibModule):
         image_score: "map_max", "det_mean" or "det_max"; by default map_max in few-shot on data with masks, and det_mean
             elsewhere.
         adapters: Published adapters (.pth) to start from.
+        warmup_epochs: Epochs in which the learning rate rises; after them it falls to 0, as half a cosine. With 0 it
+            does neither, as published: the default for CLIP. The default for other backbones is 1: theirs are other
+            features, and with a constant rate a training may end at calling every pixel normal.
 
     Raises:
         ValueError: An argument has no such value, or weights do not fit.
@@ -202,6 +237,7 @@ class Mvfa(AdapterTrainingMixin, AnomalibModule):
         calibration: str = "support",
         adapters: str | None = None,
         learning_rate: float | None = None,
+        warmup_epochs: int | None = None,
         max_epochs: int = 50,
         bank_images: int = 16,
         coreset: float | None = None,
@@ -249,3 +285,4 @@ class Mvfa(AdapterTrainingMixin, AnomalibModule):
         asked = Settings(class_name, image_score, zero_shot_weight, few_shot_weight, learning_rate, calibration)
         self._init_state(model, asked, seed, bank_images, max_epochs)
         self.loss = MvfaLoss(bce)
+        self.warmup_epochs = (0 if model.backbone.has_texts else 1) if warmup_epochs is None else warmup_epochs
