@@ -75,8 +75,9 @@ class AdapterTrainingMixin(FusionMixin):
         if not self.learns:
             return None
         optimizer = self._optimizer_of(self.model)
-        schedule = {"scheduler": self._schedule_of(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule} if self.warmup_epochs else optimizer
+        if self.warmup_epochs == 0:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule_of(optimizer), "interval": "step"}}
 
     def _optimizer_of(self, model: MvfaModel) -> torch.optim.Optimizer:
         groups = [
@@ -87,9 +88,9 @@ class AdapterTrainingMixin(FusionMixin):
 
     def _schedule_of(self, optimizer: torch.optim.Optimizer, steps: int | None = None) -> LambdaLR:
         """Return learning rates of an optimizer, in as many epochs as this fit has, of so many steps or of its own."""
-        planned = self.trainer.estimated_stepping_batches  # it counts the batches, too
+        self.trainer.fit_loop.setup_data()  # which counts the batches
         own_steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        epochs = planned / own_steps
+        epochs = self.trainer.estimated_stepping_batches / own_steps
         return LambdaLR(optimizer, lambda step: rate_share(step / (steps or own_steps), self.warmup_epochs, epochs))
 
     def on_fit_start(self) -> None:
