@@ -72,8 +72,8 @@ def small_comparison(path: Path) -> dict[str, Any]:
     for mapping in config["data"] if isinstance(config["data"], list) else [config["data"]]:
         mapping["init_args"]["num_workers"] = 0
     for method in config["methods"].values():
-        arguments = method["model"].setdefault("init_args", {})
-        arguments.update(SMALL[method["model"]["class_path"]])
+        arguments = {**method["model"].get("init_args", {}), **SMALL[method["model"]["class_path"]]}
+        method["model"]["init_args"] = arguments
         for name in {"train_levels", "score_levels"} & set(arguments):
             arguments[name] = [BLOCKS[block] for block in arguments[name]]
         if method["protocol"] == "few_shot":
