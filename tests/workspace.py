@@ -67,9 +67,10 @@ def small_comparison(path: Path) -> dict[str, Any]:
     random = [name for name, method in config["methods"].items() if method["model"]["class_path"] not in FROM_CACHE]
     config["weights"] = dict.fromkeys(random)
     config["accelerator"] = "cpu"
-    if isinstance(config["data"], list):
-        config["data"] = [mapping for mapping in config["data"] if mapping["init_args"]["name"] in {"Kidney", "Chest"}]
-    for mapping in config["data"] if isinstance(config["data"], list) else [config["data"]]:
+    sources = config["data"] if isinstance(config["data"], list) else [config["data"]]
+    if len(sources) > 1:
+        config["data"] = sources = [one for one in sources if one["init_args"]["name"] in {"Kidney", "Chest"}]
+    for mapping in sources:
         mapping["init_args"]["num_workers"] = 0
     for method in config["methods"].values():
         arguments = {**method["model"].get("init_args", {}), **SMALL[method["model"]["class_path"]]}
@@ -107,9 +108,10 @@ def write_workspace(folder: Path) -> None:
 
 
 def _write_tables(bmad: Path, root: Path) -> None:
-    """Write tables of images that say what is tested, one with masks and one without."""
+    """Write folders, and tables of their images that say what is tested, one with masks and one without."""
     root.mkdir()
     for name, category in (("Kidney", "Brain"), ("Chest", "Chest")):
+        (root / name).symlink_to(bmad / category)
         rows = ["image,label,mask,split"]
         for image in sorted(bmad.glob(f"{category}/[tv]*/*/img/*")):
             kind, split = image.parts[-3], image.parts[-4]

@@ -23,7 +23,7 @@ FOLDERS = {"normal": "normal", "abnormal": "abnormal", "masks": "masks"}
 """Default names of folders by the arguments that name them."""
 LABELS = {"normal": LabelName.NORMAL, "0": LabelName.NORMAL, "abnormal": LabelName.ABNORMAL, "1": LabelName.ABNORMAL}
 """What a table may call the labels."""
-SPLITS = ("train", "test")
+SPLITS = (Split.TRAIN.value, Split.TEST.value)
 """What a table may call its own split."""
 COLUMNS = ("image", "label", "mask", "group", "split")
 """Columns of a table; the last three may be missing."""
@@ -35,7 +35,7 @@ class OwnImages(NamedFolder):
     A table may divide them itself: the support is then drawn from its images to train on.
     """
 
-    undivided = partial_masks = True
+    partial_masks = True
     group_by: str | None = None
 
     def __init__(
@@ -65,15 +65,17 @@ class OwnImages(NamedFolder):
             raise ValueError(msg)
         samples.attrs["task"] = "segmentation" if samples.mask_path.any() else "classification"
         is_tested = samples.split == Split.TEST.value
-        self.undivided = bool(is_tested.all())
-        self.val_split_mode = ValSplitMode.NONE if self.undivided else ValSplitMode.FROM_DIR
+        self.val_split_mode = ValSplitMode.NONE if is_tested.all() else ValSplitMode.FROM_DIR
         self.train_data = SampleDataset(samples[is_normal & (~is_tested | self.undivided)])
         self.val_data, self.test_data = SampleDataset(samples[~is_tested]), SampleDataset(samples[is_tested])
 
     def _create_test_split(self) -> None:
         """Leave all images where they are."""
 
-    _create_val_split = _create_test_split
+    @property
+    def undivided(self) -> bool:
+        """Whether nothing but the protocol divides the images; known once they are set up."""
+        return self.val_split_mode == ValSplitMode.NONE
 
     def _found(self) -> DataFrame:
         """Return the samples table of the folders; without a folder of a default name, there are none of its kind."""

@@ -39,7 +39,7 @@ logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings 
 
 BETAS = (0.5, 0.999)
 """Betas of Adam, as published."""
-FIRST_SHARE = 0.01
+HEAD_START = 0.01
 """Epochs by which the learning rate's rise is ahead, so that the first step learns something."""
 
 
@@ -91,7 +91,7 @@ class AdapterTrainingMixin(FusionMixin):
         self.trainer.fit_loop.setup_data()  # which counts the batches
         own_steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         epochs = self.trainer.estimated_stepping_batches / own_steps
-        return LambdaLR(optimizer, lambda step: rate_share(step / (steps or own_steps), self.warmup_epochs, epochs))
+        return LambdaLR(optimizer, lambda step: warmup_cosine(step / (steps or own_steps), self.warmup_epochs, epochs))
 
     def on_fit_start(self) -> None:
         """Keep the adapters as they are, and the frozen part of images that come again in every epoch."""
@@ -175,7 +175,7 @@ class AdapterTrainingMixin(FusionMixin):
                 schedule.step()
 
 
-def rate_share(epoch: float, rise: float, epochs: float) -> float:
+def warmup_cosine(epoch: float, rise: int, epochs: float) -> float:
     """Return the share of the learning rate at a time of training: it rises to 1, and falls as half a cosine.
 
     Args:
@@ -183,9 +183,11 @@ def rate_share(epoch: float, rise: float, epochs: float) -> float:
         rise: Epochs in which it rises; with 0 it stays 1.
         epochs: Epochs in all; infinite where there is no end.
     """
+    if rise == 0:
+        return 1.0
     if epoch < rise:
-        return (epoch + FIRST_SHARE) / (rise + FIRST_SHARE)
-    return 0.5 * (1 + math.cos(math.pi * (epoch - rise) / max(epochs - rise, 1))) if rise else 1.0
+        return (epoch + HEAD_START) / (rise + HEAD_START)
+    return 0.5 * (1 + math.cos(math.pi * (epoch - rise) / max(epochs - rise, 1)))
 
 
 def _no_loss(module: nn.Module) -> torch.Tensor:
