@@ -43,6 +43,7 @@ SMALL = {
     "Mkd": {"backbone": "vgg11", "image_size": 32, "max_epochs": 1},
     "FoundAD": {"encoder_name": "dinov2_vit_small_14", "image_size": 56, "pred_depth": 1},
     "Mvfa": {"backbone": "weights/tiny.json", "image_size": 56, "max_epochs": 1},
+    "MvfaPlus": {"backbone": "weights/tiny.json", "image_size": 56, "max_epochs": 1},
     "Patchcore": {"backbone": "test_resnet", "layers": ["layer3"], "pre_processor": SIZE_64},
     "ReverseDistillation": {"backbone": "resnet18", "pre_processor": SIZE_64},
     "WinClipBaseline": {"backbone": "weights/windows.json"},

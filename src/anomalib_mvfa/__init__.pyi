@@ -25,6 +25,7 @@ from .data import Scans as Scans
 from .data.reading import read_image as read_image
 from .model.build import build_mvfa as build_mvfa
 from .model.lightning_model import Mvfa as Mvfa
+from .model.plus import MvfaPlus as MvfaPlus
 from .model.torch_model import MvfaModel as MvfaModel
 from .model.weights import load_adapters as load_adapters
 from .model.weights import save_adapters as save_adapters

@@ -45,7 +45,7 @@ ARGUMENTS = {
     "normalize": Argument(
         "Whether images are normalised by CLIP's mean and standard deviation; for networks of timm, they always are."
     ),
-    "image_score": Argument(choices=("map_max", "det_mean", "det_max")),
+    "image_score": Argument(choices=("map_max", "map_top", "det_mean", "det_max")),
     "zero_shot_weight": Argument(
         "Weight of the text branch in scores; by default 0.5, or 0 where there is no abnormal image to learn from.",
         low=0,
@@ -108,7 +108,7 @@ def check_arguments(values: Mapping[str, Any]) -> None:
         values: Arguments by name, such as ``locals()`` of a constructor; None and unknown names are left alone.
 
     Raises:
-        ValueError: A value is out of bounds, or none of the choices.
+        ValueError: A value is out of bounds, or none of the choices, or both branches have no weight.
     """
     for name in ARGUMENTS.keys() & values.keys():
         value, argument = values[name], ARGUMENTS[name]
@@ -116,6 +116,9 @@ def check_arguments(values: Mapping[str, Any]) -> None:
             check_choice(name, value, argument.choices)
         if value is not None and argument.low is not None:
             check_bounds(name, value, argument.low, argument.high)
+    if values.get("zero_shot_weight") == values.get("few_shot_weight") == 0:
+        msg = "zero_shot_weight and few_shot_weight are both 0; one branch at least must have weight."
+        raise ValueError(msg)
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

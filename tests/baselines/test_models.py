@@ -20,7 +20,19 @@ from anomalib.engine import Engine
 from anomalib.models.components import AnomalibModule
 from torchvision.models import get_model_weights
 
-from anomalib_mvfa import AprilGan, Bgad, BMADFewShot, BrainPhantom, Clip, Dra, MedClip, Mkd, Mvfa, WinClipBaseline
+from anomalib_mvfa import (
+    AprilGan,
+    Bgad,
+    BMADFewShot,
+    BrainPhantom,
+    Clip,
+    Dra,
+    MedClip,
+    Mkd,
+    Mvfa,
+    MvfaPlus,
+    WinClipBaseline,
+)
 from anomalib_mvfa.callbacks import FiniteNumbers
 from anomalib_mvfa.compare.models import Origin, build_model
 from recipe import TINY, WINDOWS, images, write_config
@@ -30,6 +42,7 @@ TINY_CLIP, WINDOW_CLIP = "tiny.json", "windows.json"
 RESNET = {"backbone": "test_resnet", "pre_trained": False, "max_epochs": 1}
 MODELS = {
     Mvfa: {"backbone": TINY_CLIP, "pretrained": None, "image_size": SIZE, "max_epochs": 1},
+    MvfaPlus: {"backbone": TINY_CLIP, "pretrained": None, "image_size": SIZE, "max_epochs": 1},
     AprilGan: {"backbone": TINY_CLIP, "pretrained": None, "image_size": SIZE, "max_epochs": 1},
     Clip: {"backbone": TINY_CLIP, "pretrained": None, "image_size": SIZE},
     MedClip: {"backbone": "test_resnet", "pretrained": None, "image_size": SIZE},

@@ -216,4 +216,4 @@ def test_only_models_that_take_a_file_have_an_argument_pretrained():
     names = {
         name for name in list_models(case="pascal") if "pretrained" in inspect.signature(find_model(name)).parameters
     }
-    assert names == {"AprilGan", "Clip", "MedClip", "Mvfa"}
+    assert names == {"AprilGan", "Clip", "MedClip", "Mvfa", "MvfaPlus"}

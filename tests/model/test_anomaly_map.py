@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import by_hand
-from anomalib_mvfa.model.anomaly_map import state_probabilities, to_grid, upsample
+from anomalib_mvfa.model.anomaly_map import map_score, state_probabilities, to_grid, upsample
 
 LOGITS = 4 * torch.randn(2, 9, 2, generator=torch.Generator().manual_seed(0))
 
@@ -36,6 +36,14 @@ def test_probabilities(upsampled):
     expected = by_hand.seg_map(LOGITS.double(), 20, upsampled)
     assert torch.allclose(found[:, 1].double(), expected, atol=1e-5)
     assert torch.allclose(found[:, 0].double(), 1 - expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("image_score", "count"), [("map_max", 1), ("map_top", 20)])
+def test_the_score_of_a_map_is_the_mean_of_its_highest_values(image_score, count):
+    maps = torch.rand(3, 20, 20, generator=torch.Generator().manual_seed(0))
+    expected = maps.double().flatten(1).sort(dim=1).values[:, -count:].mean(dim=1)
+    assert torch.allclose(map_score(maps, image_score).double(), expected, atol=1e-6)
+    assert map_score(maps[:, :2, :2], image_score).tolist() == maps[:, :2, :2].amax(dim=(1, 2)).tolist()
 
 
 def test_the_orders_agree_at_patches_only():

@@ -11,7 +11,7 @@ import torch
 from anomalib.deploy import ExportType, OpenVINOInferencer
 from anomalib.engine import Engine
 
-from anomalib_mvfa import AprilGan, BMADFewShot, Clip, Mvfa, WinClipBaseline, read_image
+from anomalib_mvfa import AprilGan, BMADFewShot, Clip, Mvfa, MvfaPlus, WinClipBaseline, read_image
 from anomalib_mvfa.model.build import build_mvfa, load_backbone
 from anomalib_mvfa.model.vit_backbone import VitBackbone
 from recipe import images
@@ -201,7 +201,7 @@ def test_a_tag_is_looked_up_where_timm_keeps_it(monkeypatch):
     assert (backbone.vit.cls_token == 7).all()
 
 
-@pytest.mark.parametrize("model", [Mvfa, AprilGan, Clip])
+@pytest.mark.parametrize("model", [Mvfa, MvfaPlus, AprilGan, Clip])
 def test_a_run_a_checkpoint_and_exports(model, saved, phantom_root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     backbone, weights = saved("rotary" if model is Mvfa else "registers")
@@ -211,7 +211,7 @@ def test_a_run_a_checkpoint_and_exports(model, saved, phantom_root, tmp_path, mo
     quiet = {"enable_progress_bar": False, "logger": False, "accelerator": "cpu", "devices": 1}
     engine = Engine(default_root_dir=tmp_path / "results", **quiet)
     engine.train(trained, datamodule=data)
-    assert getattr(trained, "warmup_epochs", 0) == (model is Mvfa)  # as constant rates are for CLIP
+    assert getattr(trained, "warmup_epochs", 0) == (model in {Mvfa, MvfaPlus})  # as constant rates are for CLIP
     loaded = model.load_from_checkpoint(engine.trainer.checkpoint_callback.best_model_path)
     paths = sorted((phantom_root / "Brain/test/Ungood/img").iterdir())[:2]
     expected = trained.eval()(

@@ -3,9 +3,8 @@
 Axes: B images, L tokens (class token first), D width of the image tower, E joint width, l level.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import torch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
@@ -13,32 +12,16 @@ from torch import nn
 
 from ..arguments import DEFAULT_BACKBONE, DEFAULT_PRETRAINED, check_arguments, documented, optional_text
 from ..model.build import check_levels, load_backbone, new_adapters
+from ..model.frozen_stream import PatchBank, StreamReader
 from ..model.lightning_model import AdapterTrainingMixin
 from ..model.losses import MvfaLoss
-from ..model.memory_bank import MemoryBank
 from ..model.state import Settings
-from ..model.torch_model import Tokens
-from .clip import StreamModel
 
 
-class PatchBank(MemoryBank):
-    """A bank without class tokens."""
-
-    def store(self, branch: str, tokens: Iterable[torch.Tensor]) -> None:
-        """Replace a branch's rows by those of patches, of tokens ``(N, L, D)`` per level."""
-        super().store(branch, (level[:, 1:] for level in tokens))
-
-
-class AprilGanModel(StreamModel):
+class AprilGanModel(StreamReader):
     """One linear layer ("linear" adapter) per level and branch, from the frozen stream to text features."""
 
     bank_of_views = False
-
-    def _joint_tokens(self, tokens: Tokens, branch: str, position: int) -> torch.Tensor:
-        x = tokens.of(branch)[position]  # (B, L, D)
-        linear = (self.seg_adapters if branch == "seg" else self.det_adapters)[position]
-        with torch.autocast(x.device.type, enabled=False):  # as MVFA's adapters
-            return linear(x)  # (B, L, E)
 
 
 @documented

@@ -17,21 +17,12 @@ from torch import nn
 from ..arguments import DEFAULT_BACKBONE, DEFAULT_PRETRAINED, check_arguments, documented, optional_text
 from ..model.adapters import BranchAdapters
 from ..model.build import check_levels, load_backbone
+from ..model.frozen_stream import StreamModel
 from ..model.fusion import Weights
 from ..model.lightning_hooks import FusionMixin
 from ..model.memory_bank import MemoryBank
 from ..model.state import Settings
-from ..model.torch_model import MvfaModel, Scoring, Tokens
-
-
-class StreamModel(MvfaModel):
-    """A model whose bank holds the stream of the frozen backbone, without what adapters make of it."""
-
-    def tokens(self, image: torch.Tensor, learn_seg: bool = True) -> Tokens:
-        """Return the stream of the frozen backbone, per level ``(B, L, D)``, as features of both branches."""
-        del learn_seg
-        frozen = [self.backbone.without_registers(level) for level in self.frozen_tokens(image)]
-        return Tokens(frozen, frozen)
+from ..model.torch_model import Scoring, Tokens
 
 
 class FrozenModel(StreamModel):

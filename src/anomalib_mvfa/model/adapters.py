@@ -46,6 +46,26 @@ class Adapter(Projector):
         return self.fc2(feature)
 
 
+class DeepAdapter(nn.Sequential):
+    """Two layers that read the stream and leave it alone; each token is normalised, and half of it dropped in training.
+
+    Args:
+        width: D.
+        joint_width: E.
+    """
+
+    HIDDEN = 128
+
+    def __init__(self, width: int, joint_width: int) -> None:
+        super().__init__(
+            nn.LayerNorm(width, elementwise_affine=False),
+            nn.Dropout(0.5),
+            Linear(width, self.HIDDEN),
+            nn.GELU(),
+            Linear(self.HIDDEN, joint_width, bias=False),
+        )
+
+
 class BranchAdapters(nn.ModuleList):
     """One adapter (or projector) per level, of one branch.
 
@@ -53,11 +73,11 @@ class BranchAdapters(nn.ModuleList):
         levels: Number of levels.
         width: D.
         joint_width: E.
-        adaptation: "adapter", "projector", or "linear": a linear layer with bias.
+        adaptation: "adapter", "projector", "deep", or "linear": a linear layer with bias.
     """
 
     def __init__(self, levels: int, width: int, joint_width: int, adaptation: str = "adapter") -> None:
-        kind = {"adapter": Adapter, "projector": Projector, "linear": Linear}[adaptation]
+        kind = {"adapter": Adapter, "projector": Projector, "deep": DeepAdapter, "linear": Linear}[adaptation]
         super().__init__([kind(width, joint_width) for _ in range(levels)])
 
     @property

@@ -8,6 +8,9 @@ import math
 import torch
 from torch.nn.functional import interpolate
 
+TOP_SHARE = 0.05
+"""Share of a map's pixels that "map_top" scores."""
+
 
 def to_grid(patches: torch.Tensor) -> torch.Tensor:
     """Lay patches ``(B, P, C)`` out as a map ``(B, C, G, G)``, row by row."""
@@ -37,6 +40,9 @@ def state_probabilities(logits: torch.Tensor, size: int, upsampled: str = "logit
     return upsample(grid, size).softmax(dim=1)
 
 
-def map_maximum(anomaly_map: torch.Tensor) -> torch.Tensor:
-    """Return the highest value ``(B,)`` of maps ``(B, H, W)``: the image score "map_max"."""
-    return anomaly_map.amax(dim=(-2, -1))
+def map_score(anomaly_map: torch.Tensor, image_score: str) -> torch.Tensor:
+    """Return scores ``(B,)`` of maps ``(B, H, W)``: "map_max", their maximum; "map_top", the mean of the top 5 %."""
+    values = anomaly_map.flatten(1)
+    if image_score == "map_max":
+        return values.amax(dim=1)
+    return values.topk(max(1, round(TOP_SHARE * values.shape[1])), dim=1).values.mean(dim=1)

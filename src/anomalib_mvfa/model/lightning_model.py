@@ -206,8 +206,8 @@ class Mvfa(AdapterTrainingMixin, AnomalibModule):
         normal_states: States of a normal object, each with one ``{}``; the published ones by default.
         abnormal_states: States of an abnormal object; the published ones by default.
         templates: Templates that states are set into; the published ones by default.
-        image_score: "map_max", "det_mean" or "det_max"; by default map_max in few-shot on data with masks, and det_mean
-            elsewhere.
+        image_score: "map_max", "map_top", "det_mean" or "det_max"; by default map_max in few-shot on data with masks,
+            and det_mean elsewhere.
         adapters: Published adapters (.pth) to start from.
         warmup_epochs: Epochs in which the learning rate rises; after them it falls to 0, as half a cosine. With 0 it
             does neither, as published: the default for CLIP. The default for other backbones is 1: theirs are other
@@ -259,9 +259,6 @@ class Mvfa(AdapterTrainingMixin, AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         check_arguments(locals())
-        if zero_shot_weight == 0 and few_shot_weight == 0:
-            msg = "zero_shot_weight and few_shot_weight are both 0; one branch at least must have weight."
-            raise ValueError(msg)
         prompts = Prompts.given(normal_states=normal_states, abnormal_states=abnormal_states, templates=templates)
         super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer, threshold)
         model = build_mvfa(

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..arguments import check_arguments, documented
 from .adapters import BRANCHES, BranchAdapters, add_to_stream
-from .anomaly_map import map_maximum, state_probabilities, to_grid, upsample
+from .anomaly_map import map_score, state_probabilities, to_grid, upsample
 from .frozen_cache import FrozenCache
 from .fusion import Weights, fuse
 from .memory_bank import MemoryBank
@@ -35,8 +35,8 @@ class Scoring:
 
     Args:
         map_branch: Branch whose map is shown: "seg" for data with masks, "det" for others, where seg is untrained.
-        image_score: "map_max", the maximum of the fused map; "det_mean", the fused mean of the det branch;
-            "det_max", the same with maxima over patches.
+        image_score: "map_max", the maximum of the fused map; "map_top", the mean of its highest 5 %; "det_mean", the
+            fused mean of the det branch; "det_max", the same with maxima over patches.
         weights: Weights of the zero-shot and the few-shot branch.
         normalised: Whether values are min-max normalised by the calibrated ranges before fusion.
     """
@@ -49,7 +49,12 @@ class Scoring:
     @property
     def branches(self) -> list[str]:
         """Branches that scoring reads; only their banks are kept."""
-        return [b for b in BRANCHES if b == self.map_branch or (b == "det" and self.image_score != "map_max")]
+        return [b for b in BRANCHES if b == self.map_branch or (b == "det" and not self.scores_the_map)]
+
+    @property
+    def scores_the_map(self) -> bool:
+        """Whether the image score comes from the anomaly map."""
+        return self.image_score.startswith("map_")
 
 
 class TrainingOutput(NamedTuple):
@@ -242,7 +247,7 @@ class MvfaModel(nn.Module, metaclass=_FromNames):
             for branch in self.scoring.branches
         }
         logits, distance = compared[self.scoring.map_branch]
-        if self.scoring.image_score == "map_max":
+        if self.scoring.scores_the_map:
             return BranchScores(logits, distance, zero=None, few=None)
         det_logits, det_distance = compared["det"]
         pooling = self.scoring.image_score.removeprefix("det_")
@@ -271,8 +276,8 @@ class MvfaModel(nn.Module, metaclass=_FromNames):
 
         map_ranges, score_ranges = self.ranges if self.scoring.normalised else (None, None)
         anomaly_map = fuse(*self.maps(scores), self.scoring.weights, map_ranges)
-        if self.scoring.image_score == "map_max":
-            pred_score = map_maximum(anomaly_map)
+        if self.scoring.scores_the_map:
+            pred_score = map_score(anomaly_map, self.scoring.image_score)
         else:
             pred_score = fuse(scores.zero, scores.few, self.scoring.weights, score_ranges)
         return InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map)
@@ -321,9 +326,9 @@ class MvfaModel(nn.Module, metaclass=_FromNames):
         seg_maps, det_scores = [], []
         for position in self._trained:
             if with_seg:
-                logits = patch_logits(self._joint_tokens(tokens, "seg", position), text_features)
+                logits = self._patch_logits(tokens, "seg", position, text_features)
                 seg_maps.append(state_probabilities(logits, self.image_size, self.upsample))
-            logits = patch_logits(self._joint_tokens(tokens, "det", position), text_features)
+            logits = self._patch_logits(tokens, "det", position, text_features)
             det_scores.append(pool_patches(logits.softmax(dim=-1)[..., 1], self.pooling))
         return TrainingOutput(seg_maps, det_scores)
 
@@ -334,10 +339,14 @@ class MvfaModel(nn.Module, metaclass=_FromNames):
         """Features ``(B, L, E)`` of a level that are compared with text features: those that the bank holds, too."""
         return tokens.of(branch)[position]
 
+    def _patch_logits(self, tokens: Tokens, branch: str, position: int, text_features: torch.Tensor) -> torch.Tensor:
+        """Logits ``(B, P, 2)`` of the patches of a level."""
+        return patch_logits(self._joint_tokens(tokens, branch, position), text_features)
+
     def logits(self, tokens: Tokens, branch: str, text_features: torch.Tensor) -> torch.Tensor | None:
         """Return patch logits ``(B, l, P, 2)`` of the scored levels; None from a model without text features."""
         return torch.stack(
-            [patch_logits(self._joint_tokens(tokens, branch, position), text_features) for position in self._scored],
+            [self._patch_logits(tokens, branch, position, text_features) for position in self._scored],
             dim=1,
         )
 

@@ -1,0 +1,109 @@
+"""MvfaPlus: the method's branches on the frozen stream, in a training that is stable and short."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.visualization import Visualizer
+from torch import nn
+
+from ..arguments import DEFAULT_BACKBONE, DEFAULT_PRETRAINED, check_arguments, documented, optional_text
+from .build import check_levels, load_backbone, new_adapters
+from .frozen_stream import PatchBank, StreamReader
+from .lightning_model import AdapterTrainingMixin
+from .losses import MvfaLoss
+from .state import Settings
+from .text_alignment import full_precision
+from .torch_model import Tokens
+
+ZERO_SHOT_WEIGHT = 0.75
+
+
+class MvfaPlusModel(StreamReader):
+    """Two layers ("deep" adapter) per level and branch, from the frozen stream to text features.
+
+    Logits are products of features and text features, over the root of E: where MVFA's cosines times 100 are all but 0
+    and 1, these become only as sure as training makes them.
+    """
+
+    def _patch_logits(self, tokens: Tokens, branch: str, position: int, text_features: torch.Tensor) -> torch.Tensor:
+        features = self._joint_tokens(tokens, branch, position)[:, 1:]
+        with full_precision(features.device):
+            return features.float() @ text_features.float() / math.sqrt(len(text_features))
+
+
+@documented
+class MvfaPlus(AdapterTrainingMixin, AnomalibModule):
+    """MVFA without feedback: what learns reads the frozen features, and the memory bank holds them as they are.
+
+    It is no method of the paper. Losses, prompts and views are those of
+    :class:`~anomalib_mvfa.model.lightning_model.Mvfa`. Other than there, adapters are two layers behind a normalisation
+    and do not change the stream, so that the backbone sees an image once; they learn in batches of 8, at a rate that
+    rises and falls; the text branch has weight 0.75, the bank 0.25; the image score is the mean of the map's top 5 %.
+    What is None follows the data's protocol; the values in use are logged and saved with checkpoints.
+
+    Args:
+        levels: Blocks (from 1) whose output is read; the quarter points by default: 6, 12, 18, 24 for ViT-L.
+        image_score: "map_max", "map_top", "det_mean" or "det_max"; by default map_top in few-shot on data with masks,
+            and det_mean elsewhere.
+        zero_shot_weight: Weight of the text branch in scores; by default 0.75, or 0 where there is no abnormal image to
+            learn from.
+        few_shot_weight: Weight of the memory bank in scores; by default 0.25 in few-shot, 0 in leave-one-out.
+        warmup_epochs: Epochs in which the learning rate rises; after them it falls to 0, as half a cosine. With 0 it
+            does neither.
+
+    Raises:
+        ValueError: An argument has no such value, or weights do not fit.
+        FileNotFoundError: A file that an argument names does not exist.
+        RuntimeError: The weights of a tag could not be loaded.
+    """
+
+    BATCH_SIZE = 8
+    checkpoint_key = "mvfa_plus"
+
+    def __init__(
+        self,
+        backbone: str = DEFAULT_BACKBONE,
+        pretrained: str | None = DEFAULT_PRETRAINED,
+        image_size: int = 240,
+        levels: Sequence[int] | None = None,
+        class_name: str | None = None,
+        quick_gelu: bool = False,
+        normalize: bool = True,
+        image_score: str | None = None,
+        zero_shot_weight: float | None = None,
+        few_shot_weight: float | None = None,
+        calibration: str = "support",
+        learning_rate: float | None = None,
+        warmup_epochs: int = 1,
+        max_epochs: int = 8,
+        bank_images: int = 16,
+        coreset: float | None = None,
+        seed: int = 0,
+        threshold: float | str | None = None,
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        check_arguments(locals())
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer, threshold)
+        network = load_backbone(str(backbone), optional_text(pretrained), image_size, quick_gelu)
+        levels = check_levels(levels, network.depth)
+        seg, det = new_adapters(len(levels), network, "deep", seed)
+        model = MvfaPlusModel(network, seg, det, PatchBank(coreset, seed), levels, normalize=normalize)
+        asked = Settings(class_name, image_score, zero_shot_weight, few_shot_weight, learning_rate, calibration)
+        self._init_state(model, asked, seed, bank_images, max_epochs)
+        self.loss = MvfaLoss()
+        self.warmup_epochs = warmup_epochs
+
+    def _apply_settings(self, defaults: Settings) -> None:
+        """Put this model's own defaults over those of the data where the data leave a choice."""
+        if defaults.image_score == "map_max":
+            defaults = replace(defaults, image_score="map_top")
+        if defaults.zero_shot_weight == defaults.few_shot_weight != 0:
+            defaults = replace(defaults, zero_shot_weight=ZERO_SHOT_WEIGHT, few_shot_weight=1 - ZERO_SHOT_WEIGHT)
+        super()._apply_settings(defaults)
