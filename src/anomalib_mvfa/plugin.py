@@ -14,7 +14,11 @@ from typing import Any
 logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings it so shares
 
 CLI_HOST = "anomalib.cli.cli"
-HOSTS = {"anomalib.models": (".baselines.", ".model.lightning_model", ".model.plus"), "anomalib.data": (".data",), CLI_HOST: ()}
+HOSTS = {
+    "anomalib.models": (".baselines.", ".model.lightning_model", ".model.plus"),
+    "anomalib.data": (".data",),
+    CLI_HOST: (),
+}
 """Modules of anomalib, and ours whose public classes get short names there."""
 
 

@@ -39,7 +39,7 @@ def cache(tmp_path_factory):
     return hub
 
 
-OTHERS = {"newer", "real"}
+OTHERS = {"newer", "real", "plus"}
 """Comparisons with methods that take long, or that others have as well."""
 
 

@@ -352,3 +352,38 @@ def test_file_of_another_backbone(build, weights, tmp_path, dropped, added, mess
     torch.save({**other, **{name: torch.zeros(shape) for name, shape in added.items()}}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=rf"other\.pt' do not fit backbone=.*{message}.*Name the backbone"):
         build(tmp_path / "other.pt")
+
+
+# ---------------------------------------------------------------------- text features on disk
+
+
+def test_prompts_are_encoded_once(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    encode, calls = ClipBackbone.encode_text, []
+    monkeypatch.setattr(ClipBackbone, "encode_text", lambda self, texts: calls.append(texts) or encode(self, texts))
+    prompts = [["a liver", "a fine liver"], ["a damaged liver"]]
+    first = ClipBackbone(str(tiny_config), None, 56).encode_states(prompts)
+    assert torch.equal(ClipBackbone(str(tiny_config), None, 70).encode_states(prompts), first)
+    assert calls == prompts
+
+    (kept,) = tmp_path.rglob("*.pt")
+    kept.write_bytes(kept.read_bytes()[:100])  # as of a run that was killed
+    assert torch.equal(ClipBackbone(str(tiny_config), None, 56).encode_states(prompts), first)
+    assert calls == prompts * 2
+    other = [["a liver", "a fine liver"], ["an odd liver"]]
+    assert not torch.equal(ClipBackbone(str(tiny_config), None, 56).encode_states(other), first)
+
+
+def test_text_features_of_another_network_are_others(tiny_config, mini_clip):
+    prompts = [["a liver"], ["a damaged liver"]]
+    plain, quick = (ClipBackbone(str(tiny_config), None, 56, quick).encode_states(prompts) for quick in (False, True))
+    assert not torch.equal(plain, quick)
+    mini = ClipBackbone(str(mini_clip.config), str(mini_clip.weights), 70).encode_states(prompts)
+    assert mini.shape != plain.shape or not torch.equal(mini, plain)
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tiny_config, tmp_path, monkeypatch):
+    (tmp_path / "hub").write_text("no folder")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    states = ClipBackbone(str(tiny_config), None, 56).encode_states([["a liver"], ["a damaged liver"]])
+    assert states.isfinite().all()

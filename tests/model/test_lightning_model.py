@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_mvfa import BMADFewShot, BMADLeaveOneOut, Mvfa
 from anomalib_mvfa.contract import DataFacts
+from anomalib_mvfa.model import calibration
 from anomalib_mvfa.model.backbone import ClipBackbone
 from anomalib_mvfa.model.calibration import is_calibrated
 from anomalib_mvfa.model.state import Settings
@@ -411,6 +412,22 @@ def test_testing_without_a_fit_builds_the_bank_of_each_data_set(make, few_shot, 
         figures_of(engine(), model, few_shot(name))
         assert model.settings.map_branch == branch
         assert getattr(model.model.bank, branch).numel()
+
+
+@pytest.mark.parametrize("patches", [0, 1])
+def test_a_text_branch_that_calls_everything_normal_is_reported(make, few_shot, engine, caplog, monkeypatch, patches):
+    score = calibration.score_support
+
+    def scored(*arguments):
+        found = score(*arguments)
+        for scores, item in found:
+            scores.logits[:] = torch.tensor([3.0, 0.0])
+            scores.logits[:, :, : patches * int(item.gt_label), 1] = 6.0
+        return found
+
+    monkeypatch.setattr(calibration, "score_support", scored)
+    engine().fit(make(), datamodule=few_shot())
+    assert ("calls every patch of the abnormal support images normal (at most 0.047" in caplog.text) == (patches == 0)
 
 
 def test_a_fitted_model_says_that_other_data_are_scored_by_its_own_bank(loaded, few_shot, engine, caplog):

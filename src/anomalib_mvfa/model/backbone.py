@@ -3,6 +3,7 @@
 Axes: B images, L tokens (class token first), P = G*G patches, D width of the image tower, E joint width.
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from ..arguments import documented
+from ..io import save_atomically
 from ..progress import progress
 from .linear import linear
 from .network import BlockNetwork, grid_of
@@ -64,6 +66,7 @@ class ClipBackbone(BlockNetwork):
 
         self.clip = clip.requires_grad_(False).eval()
         self.tokenizer = _tokenizer(backbone, config["text_cfg"])
+        self._text_config = config["text_cfg"]
         self.depth = len(clip.visual.transformer.resblocks)
         self.width: int = clip.visual.class_embedding.shape[0]
         self.joint_width = config["embed_dim"]
@@ -112,8 +115,22 @@ class ClipBackbone(BlockNetwork):
         return normalize(torch.cat(features).float(), dim=-1)
 
     def encode_states(self, prompts: Sequence[Sequence[str]]) -> torch.Tensor:
-        """Return text features ``(E, 2)`` of prompts for each state: unit means of unit embeddings."""
-        return torch.stack([normalize(self.encode_text(texts).mean(dim=0), dim=0) for texts in prompts], dim=1)
+        """Return text features ``(E, 2)`` of prompts for each state: unit means of unit embeddings.
+
+        They are kept on disk, below :func:`torch.hub.get_dir`, for the same network, prompts and kind of device: a CPU
+        takes minutes for those of ViT-L.
+        """
+        device = self.clip.logit_scale.device
+        made_of = [self.fingerprint, self._text_config, open_clip.__version__, device.type, [list(p) for p in prompts]]
+        key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+        path = Path(torch.hub.get_dir()) / "anomalib_mvfa" / f"{key}.pt"
+        with suppress(Exception):  # there is none, or it cannot be read
+            return torch.load(path, map_location=device, weights_only=True)
+        states = [normalize(self.encode_text(texts).mean(dim=0), dim=0) for texts in prompts]
+        features = torch.stack(states, dim=1)
+        with suppress(OSError):  # it is for speed alone
+            save_atomically(features, path)
+        return features
 
 
 def _layer(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:

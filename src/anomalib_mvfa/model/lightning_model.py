@@ -137,6 +137,7 @@ class AdapterTrainingMixin(FusionMixin):
     def _calibrate(self) -> None:
         """Compute all that scoring needs; thresholds from support images, if need be, as if these were unseen."""
         super()._calibrate()
+        self._warn_of_a_silent_text_branch()
         post_processor, datamodule = cast("Any", self.post_processor), cast("Any", self.datamodule)
         evidence, support = getattr(post_processor, "evidence", None), cast("Any", getattr(datamodule, "support", None))
         # Several processes would each train on a share of the images, and none of them on all.
@@ -155,6 +156,18 @@ class AdapterTrainingMixin(FusionMixin):
                 found = list(scored)
             calibration.reset_thresholds(post_processor)
             calibration.set_thresholds(post_processor, found, "held-out support")
+
+    def _warn_of_a_silent_text_branch(self) -> None:
+        """Say so where training has ended at calling every patch normal, even of the abnormal support images."""
+        shown = [scores.logits for scores, item in self.state.support if item.gt_label == 1]
+        abnormal = [logits.softmax(dim=-1)[..., 1].mean(dim=1).max() for logits in shown if logits is not None]
+        if self.learns and abnormal and max(abnormal) < 0.5:
+            logger.warning(
+                "After training, the text branch calls every patch of the abnormal support images normal (at most "
+                "%.2g abnormal): it tells nothing apart. Try a lower learning_rate, warmup_epochs=1, another seed, or "
+                "MvfaPlus.",
+                max(abnormal),
+            )
 
     def _train_anew(self, model: MvfaModel, views: SupportViewDataset) -> None:
         """Train a model on support views as this one was, step by step."""
