@@ -1,8 +1,11 @@
 """MvfaPlus: its scores against plain tensor operations, what it trains, and what data and arguments decide."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from anomalib.engine import Engine
+from lightning.pytorch import Callback
 from torch.nn.functional import gelu, layer_norm
 
 import by_hand
@@ -27,10 +30,20 @@ def make(tiny_config):
     return build
 
 
-def fit(model, datamodule, folder):
+class SaveFirst(Callback):
+    """Saves a checkpoint of the first epoch."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        del pl_module
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "first.ckpt")
+
+
+def fit(model, datamodule, folder, ckpt_path=None):
     """Fit a model, and return it."""
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
-    Engine(default_root_dir=folder, **quiet).fit(model, datamodule=datamodule)
+    engine = Engine(default_root_dir=folder, callbacks=[SaveFirst()], **quiet)
+    engine.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
     return model
 
 
@@ -58,15 +71,15 @@ def test_scores(make, views, text, map_branch, image_score):
     found = model(IMAGES)
 
     query, bank = streams(model, IMAGES), streams(model, torch.cat([v.image for v in views(abnormal=False)]))
-    features = [read(model, level, map_branch, stream) for level, stream in enumerate(query)]
-    padded = [torch.cat([feature[:, :1], feature], dim=1) for feature in features]  # by hand, there is a class token
-    zero = sum(by_hand.seg_map(by_hand.logits(feature, text), SIZE) for feature in padded) / 4
+    root = text.shape[0] ** 0.5
+    logits = [read(model, level, map_branch, stream) @ text.double() / root for level, stream in enumerate(query)]
+    zero = sum(by_hand.seg_map(level, SIZE) for level in logits) / 4
     few = by_hand.few_map([torch.cat([stream[:, :1], stream], dim=1) for stream in query], bank, SIZE)
     expected = by_hand.fused(zero, few, weights, None)
     assert (found.anomaly_map - expected).abs().max() < 2e-5
     score = expected.flatten(1).topk(round(0.05 * SIZE**2)).values.mean(dim=1)
     if image_score == "det_mean":
-        det = sum(by_hand.det_probability(feature, text).mean(dim=1) for feature in padded) / 4
+        det = sum(level.softmax(dim=-1)[..., 1].mean(dim=1) for level in logits) / 4
         score = by_hand.fused(det, few.mean(dim=(1, 2)), weights, None)
     assert (found.pred_score - score).abs().max() < 2e-5
 
@@ -121,6 +134,18 @@ def test_a_checkpoint_keeps_what_was_in_use(make, categories, tmp_path):
     loaded = MvfaPlus.load_from_checkpoint(tmp_path / "model.ckpt", visualizer=False)
     assert loaded.settings == model.settings
     assert loaded.settings.scoring.weights == Weights(0.75, 0.25)
+
+
+def test_resumed_training_drops_what_unbroken_training_does(make, categories, tmp_path):
+    def data():
+        return BMADFewShot(categories, "Brain", k_shot=1, num_workers=0)
+
+    unbroken = fit(make(), data(), tmp_path)
+    (first,) = tmp_path.rglob("first.ckpt")
+    torch.rand(3)  # whatever else is drawn
+    resumed = fit(make(), data(), tmp_path / "resumed", ckpt_path=first)
+    assert resumed.trainer.current_epoch == 2
+    assert all(map(torch.equal, unbroken.model.parameters(), resumed.model.parameters()))
 
 
 def test_a_branch_must_have_weight():

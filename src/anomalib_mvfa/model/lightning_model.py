@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 from collections.abc import Sequence
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -112,13 +113,15 @@ class AdapterTrainingMixin(FusionMixin):
             return _no_loss(self) if self.trainer.world_size > 1 else None
         with_seg = batch.gt_mask is not None
         self._saw_masks |= with_seg
-        loss = self._loss_of(self.model, batch)
+        loss = self._loss_of(self.model, batch, self.trainer.fit_loop.total_batch_idx)
         if not with_seg and self.trainer.world_size > 1:
             loss = loss + _no_loss(self.model.seg_adapters)  # its gradients are dropped before the step
         self.log_loss(loss, batch)
         return loss
 
-    def _loss_of(self, model: MvfaModel, batch: ImageBatch) -> torch.Tensor:
+    def _loss_of(self, model: MvfaModel, batch: ImageBatch, number: int) -> torch.Tensor:
+        """Return the loss of a batch, which is this one of the training."""
+        del number
         text_features = self._text_features(class_name_of(batch))
         seg_maps, det_scores = model(batch.image, text_features, batch.gt_mask is not None)
         return self.loss(seg_maps, det_scores, batch.gt_mask, batch.gt_label)
@@ -175,6 +178,7 @@ class AdapterTrainingMixin(FusionMixin):
         loader = train_loader(views, datamodule.train_batch_size, datamodule.seed, num_workers=0)
         optimizer = self._optimizer_of(model)
         schedule = self._schedule_of(optimizer, len(loader))
+        numbers = count()
         sampler: Any = loader.sampler if isinstance(loader.sampler, DistributedSampler) else loader.batch_sampler
         for epoch in range(self.trainer.fit_loop.epoch_progress.current.started):
             sampler.set_epoch(epoch)
@@ -183,7 +187,7 @@ class AdapterTrainingMixin(FusionMixin):
                 if isinstance(self.pre_processor, PreProcessor):
                     self.pre_processor.on_train_batch_start(self.trainer, self, moved, 0)
                 optimizer.zero_grad()
-                self._loss_of(model, moved).backward()
+                self._loss_of(model, moved, next(numbers)).backward()
                 optimizer.step()
                 schedule.step()
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
@@ -17,9 +18,11 @@ from .lightning_model import AdapterTrainingMixin
 from .losses import MvfaLoss
 from .state import Settings
 from .text_alignment import full_precision
-from .torch_model import Tokens
+from .torch_model import MvfaModel, Tokens
 
 ZERO_SHOT_WEIGHT = 0.75
+PROCESSES = 2**16
+"""More than there are processes or seeds."""
 
 
 class MvfaPlusModel(StreamReader):
@@ -99,6 +102,12 @@ class MvfaPlus(AdapterTrainingMixin, AnomalibModule):
         self._init_state(model, asked, seed, bank_images, max_epochs)
         self.loss = MvfaLoss()
         self.warmup_epochs = warmup_epochs
+
+    def _loss_of(self, model: MvfaModel, batch: ImageBatch, number: int) -> torch.Tensor:
+        """Return the loss of a batch; what is dropped follows the seed, the batch's number and the process alone."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(PROCESSES * (self.seed + PROCESSES * number) + self.global_rank)
+            return super()._loss_of(model, batch, number)
 
     def _apply_settings(self, defaults: Settings) -> None:
         """Put this model's own defaults over those of the data where the data leave a choice."""
