@@ -11,7 +11,7 @@ from anomalib_mvfa.arguments import ARGUMENTS, check_arguments, documented, plai
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"image_score": "mean"}, "image_score='mean' is unknown; choose one of: map_max, det_mean, det_max."),
+        ({"image_score": "mean"}, "image_score='mean' is unknown; choose one of: map_max, map_top, det_mean, det_max."),
         ({"max_epochs": 0}, "max_epochs=0 must be at least 1."),
         ({"residual_ratio": 0.6}, "residual_ratio=0.6 must be between 0 and 0.5."),
         ({"margin": float("nan")}, "margin=nan must be at least 0."),
@@ -24,7 +24,7 @@ def test_values_out_of_bounds_are_refused(values, message):
 
 
 def test_bounds_none_and_unknown_names_pass():
-    check_arguments({name: argument.low for name, argument in ARGUMENTS.items()})
+    check_arguments({name: argument.low for name, argument in ARGUMENTS.items()} | {"few_shot_weight": None})
     check_arguments({name: argument.high for name, argument in ARGUMENTS.items()})
     check_arguments({"kwargs": {}, "image_score": "det_max", "calibration": None})
 

@@ -3,6 +3,7 @@
 import inspect
 import pickle
 
+import anomalib.models
 import pytest
 import timm
 import torch
@@ -214,6 +215,9 @@ def test_a_models_own_error_stays_its_own(monkeypatch):
 
 def test_only_models_that_take_a_file_have_an_argument_pretrained():
     names = {
-        name for name in list_models(case="pascal") if "pretrained" in inspect.signature(find_model(name)).parameters
+        name
+        for name in list_models(case="pascal")
+        if hasattr(anomalib.models, name)  # other tests define models of their own
+        and "pretrained" in inspect.signature(find_model(name)).parameters
     }
     assert names == {"AprilGan", "Clip", "MedClip", "Mvfa", "MvfaPlus"}
