@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import bootstrap, norm
 from sklearn.metrics import f1_score, roc_auc_score
 
-from anomalib_mvfa.compare.statistics import draw, estimate, f1, holm, image_auroc, pixel_auroc
+from anomalib_mvfa.compare.statistics import draw, estimate, f1, holm, image_auroc, pixel_aupr, pixel_auroc
+from anomalib_mvfa.metrics.pixel_metrics import aupr
 
 COVERAGE = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "coverage.py"))
 
@@ -52,6 +54,16 @@ def test_pixel_areas_equal_scikit_learns():
     scores, labels = np.tile(np.arange(8), 2 * 4), np.tile(np.repeat([0, 1], 8), 4)
     expected = [roc_auc_score(labels, scores, sample_weight=(row[:, None, None] * counts).flatten()) for row in weights]
     np.testing.assert_allclose(pixel_auroc(counts, weights), expected, atol=1e-12)
+
+
+def test_the_precision_recall_area_of_resamples_equals_that_of_the_metric():
+    counts = np.random.default_rng(2).integers(5, size=(4, 2, 8)).astype(float)
+    counts[:, :, -2:] = 0  # scores that no pixel has
+    weights = draw(4, 3)
+    pooled = torch.as_tensor(np.einsum("rn,nkb->rkb", weights, counts))
+    np.testing.assert_allclose(pixel_aupr(counts, weights), [aupr(*one).item() for one in pooled], atol=1e-12)
+    assert np.isnan(pixel_aupr(np.ones((1, 2, 3)) * [[[1], [0]]], np.ones((1, 1)))).all()
+    assert pixel_aupr(np.array([[[5.0, 1, 0], [0, 1, 8]]]), np.ones((1, 1))) > 0.9
 
 
 def test_a_resample_of_one_kind_has_no_area():

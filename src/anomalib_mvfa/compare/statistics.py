@@ -62,6 +62,24 @@ def pixel_auroc(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
         return (abnormal * below).sum(axis=1) / (normal.sum(axis=1) * abnormal.sum(axis=1))
 
 
+def pixel_aupr(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Area under the pixels' precision-recall curve of resamples, by trapezoids between bins.
+
+    Args:
+        counts: Counts of normal and abnormal pixels in bins of rising scores ``(N, 2, bins)``.
+        weights: How often each image is in each resample ``(R, N)``.
+
+    Returns:
+        Areas ``(R)``, NaN where a resample has no abnormal pixel.
+    """
+    false, true = ((weights @ counts[:, row])[:, ::-1].cumsum(axis=1) for row in (0, 1))
+    with np.errstate(invalid="ignore"):
+        precision = np.where(true + false > 0, true / (true + false), 1.0)  # before the first pixel, too
+        recall = true / true[:, -1:]
+    before = np.pad(precision, ((0, 0), (1, 0)), constant_values=1.0)[:, :-1]
+    return ((precision + before) / 2 * np.diff(recall, axis=1, prepend=0.0)).sum(axis=1)
+
+
 def f1(predicted: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """F1 score of resamples.
 

@@ -23,7 +23,7 @@ from .config import Comparison
 from .job import jobs_of
 from .paper import PaperTable, paper_table
 from .results import JobResult, job_folder, read_arrays, read_result
-from .statistics import Estimate, draw, estimate, f1, holm, image_auroc, pixel_auroc
+from .statistics import Estimate, draw, estimate, f1, holm, image_auroc, pixel_aupr, pixel_auroc
 
 PROTOCOLS = {
     "full_normal": "Full-normal: all normal training images",
@@ -41,7 +41,7 @@ METRICS = {
     "pixel_AUPRO": "Pixel AUPRO",
     "pixel_F1Score": "Pixel F1 at the threshold",
 }
-TESTED = ("image_AUROC", "pixel_AUROC", "image_F1Score")
+TESTED = ("image_AUROC", "pixel_AUROC", "pixel_AUPR", "image_F1Score")
 """Metrics with intervals and tests."""
 SIGNS = {"above": "▲", "below": "▼", "not told apart": "≈", "not comparable": "\N{MULTIPLICATION SIGN}"}
 """What a method can be in comparison with a reference, and its sign."""
@@ -204,6 +204,7 @@ def _values(outcome: Outcome, resamples: int) -> Iterator[dict[str, Any]]:
         if pixels.is_file():
             counts = read_arrays(pixels)["counts"].astype(float)
             resampled["pixel_AUROC"] = pixel_auroc(counts, weights)
+            resampled["pixel_AUPR"] = pixel_aupr(counts, weights)
             abnormal["pixel_F1Score"] = counts[:, 1].sum() / counts.sum()
         for metric, value in job.metrics.items():
             yield {
