@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from .memory_bank import MemoryBank
+from .text_alignment import patch_logits
 from .torch_model import MvfaModel, Tokens
 
 
@@ -29,6 +30,9 @@ class StreamReader(StreamModel):
         adapter = (self.seg_adapters if branch == "seg" else self.det_adapters)[position]
         with torch.autocast(x.device.type, enabled=False):  # as MVFA's adapters
             return adapter(x)  # (B, L, E)
+
+    def _patch_logits(self, tokens: Tokens, branch: str, position: int, text_features: torch.Tensor) -> torch.Tensor:
+        return patch_logits(self._joint_tokens(tokens, branch, position), text_features)
 
 
 class PatchBank(MemoryBank):

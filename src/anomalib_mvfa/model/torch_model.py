@@ -335,13 +335,9 @@ class MvfaModel(nn.Module, metaclass=_FromNames):
     def _last_level(self) -> int:
         return max(self._trained if self.training else self._scored)
 
-    def _joint_tokens(self, tokens: Tokens, branch: str, position: int) -> torch.Tensor:
-        """Features ``(B, L, E)`` of a level that are compared with text features: those that the bank holds, too."""
-        return tokens.of(branch)[position]
-
     def _patch_logits(self, tokens: Tokens, branch: str, position: int, text_features: torch.Tensor) -> torch.Tensor:
         """Logits ``(B, P, 2)`` of the patches of a level."""
-        return patch_logits(self._joint_tokens(tokens, branch, position), text_features)
+        return patch_logits(tokens.of(branch)[position], text_features)
 
     def logits(self, tokens: Tokens, branch: str, text_features: torch.Tensor) -> torch.Tensor | None:
         """Return patch logits ``(B, l, P, 2)`` of the scored levels; None from a model without text features."""
