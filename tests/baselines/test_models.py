@@ -240,7 +240,7 @@ def test_every_argument_is_documented(kind):
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        (Mvfa, {"image_score": "mean"}, "map_max, det_mean, det_max"),
+        (Mvfa, {"image_score": "mean"}, "map_max, map_top, det_mean, det_max"),
         (AprilGan, {"learning_rate": -1.0}, r"learning_rate=-1\.0 must be at least 0\."),
         (Clip, {"bank_images": 0}, r"bank_images=0 must be at least 1\."),
         (MedClip, {"calibration": "train"}, "support, none, test"),
