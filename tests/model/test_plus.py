@@ -135,6 +135,10 @@ def test_a_checkpoint_keeps_what_was_in_use(make, categories, tmp_path):
     assert loaded.settings == model.settings
     assert loaded.settings.scoring.weights == Weights(0.75, 0.25)
 
+    other = make()  # whose arguments leave open what the checkpoint's said
+    other.on_load_checkpoint(torch.load(tmp_path / "model.ckpt", weights_only=True))
+    assert other.settings == model.settings
+
 
 def test_resumed_training_drops_what_unbroken_training_does(make, categories, tmp_path):
     def data():

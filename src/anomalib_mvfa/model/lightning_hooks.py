@@ -67,7 +67,11 @@ class CalibratedMixin(AnomalibMixin):
         """Choose settings by the data at hand, and forget what came of other data."""
         self.state = FitState(data=self._facts.identity)
         self._forget_calibration()
-        self._apply_settings(Settings.for_data(self._facts))
+        self._apply_settings(self._settings_for_data())
+
+    def _settings_for_data(self) -> Settings:
+        """Return what this model does on the data at hand where arguments leave it open."""
+        return Settings.for_data(self._facts)
 
     def _apply_settings(self, defaults: Settings) -> None:
         """Put arguments over defaults, and use the result."""
@@ -90,7 +94,7 @@ class CalibratedMixin(AnomalibMixin):
             self._begin()
         elif self.settings.few_shot_weight == 0:
             # Learnt from other data in any case: only the prompts and the map are those of what is tested.
-            of_data = Settings.for_data(self._facts)
+            of_data = self._settings_for_data()
             self._apply_settings(replace(self.settings, class_name=of_data.class_name, map_branch=of_data.map_branch))
             self.state.data = self._facts.identity
         else:
@@ -320,7 +324,7 @@ class FusionMixin(CalibratedMixin):
         super().on_load_checkpoint(checkpoint)
         backbone = f"backbone={self.hparams['backbone']!r}, pretrained={self.hparams['pretrained']!r}"
         self.state = FitState.from_checkpoint(saved, self.model, backbone)
-        self._apply_settings(self.settings if self.state.settings else Settings.for_data(self._facts))
+        self._apply_settings(self.settings if self.state.settings else self._settings_for_data())
         state = checkpoint["state_dict"]
         own = self.state_dict()
         self.state.differing = adapt_state_dict(state, own, saved, self.model, self.settings)

@@ -103,8 +103,9 @@ class AdapterTrainingMixin(FusionMixin):
             self.model.cache = FrozenCache()
 
     def on_fit_end(self) -> None:
-        """Give the memory back."""
+        """Give the memory back, and say what is wrong with the result."""
         self.model.cache = self._start = None
+        self._warn_of_a_silent_text_branch()
 
     def training_step(self, batch: ImageBatch, *args, **kwargs) -> STEP_OUTPUT:  # noqa: ANN002, ANN003
         """Return the loss of a batch, from one data set, with its class name and its masks if it has any."""
@@ -140,7 +141,6 @@ class AdapterTrainingMixin(FusionMixin):
     def _calibrate(self) -> None:
         """Compute all that scoring needs; thresholds from support images, if need be, as if these were unseen."""
         super()._calibrate()
-        self._warn_of_a_silent_text_branch()
         post_processor, datamodule = cast("Any", self.post_processor), cast("Any", self.datamodule)
         evidence, support = getattr(post_processor, "evidence", None), cast("Any", getattr(datamodule, "support", None))
         # Several processes would each train on a share of the images, and none of them on all.

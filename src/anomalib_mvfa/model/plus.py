@@ -109,10 +109,11 @@ class MvfaPlus(AdapterTrainingMixin, AnomalibModule):
             torch.manual_seed(PROCESSES * (self.seed + PROCESSES * number) + self.global_rank)
             return super()._loss_of(model, batch, number)
 
-    def _apply_settings(self, defaults: Settings) -> None:
-        """Put this model's own defaults over those of the data where the data leave a choice."""
-        if defaults.image_score == "map_max":
-            defaults = replace(defaults, image_score="map_top")
-        if defaults.zero_shot_weight == defaults.few_shot_weight != 0:
-            defaults = replace(defaults, zero_shot_weight=ZERO_SHOT_WEIGHT, few_shot_weight=1 - ZERO_SHOT_WEIGHT)
-        super()._apply_settings(defaults)
+    def _settings_for_data(self) -> Settings:
+        """Return what this model does where arguments leave it open: other weights, where both branches have any."""
+        of_data = super()._settings_for_data()
+        if of_data.image_score == "map_max":
+            of_data = replace(of_data, image_score="map_top")
+        if of_data.zero_shot_weight and of_data.few_shot_weight:
+            of_data = replace(of_data, zero_shot_weight=ZERO_SHOT_WEIGHT, few_shot_weight=1 - ZERO_SHOT_WEIGHT)
+        return of_data
