@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy import stats
 from scipy.optimize import brentq
 from scipy.special import stdtrit
+
+from ..metrics.pixel_metrics import aupr, auroc
 
 COVERAGE = 0.95
 NOTHING = 1e-18
@@ -56,10 +59,7 @@ def pixel_auroc(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
     Returns:
         Areas ``(R)``, NaN where a resample has no normal or no abnormal pixel.
     """
-    normal, abnormal = weights @ counts[:, 0], weights @ counts[:, 1]
-    below = normal.cumsum(axis=1) - normal / 2
-    with np.errstate(invalid="ignore"):
-        return (abnormal * below).sum(axis=1) / (normal.sum(axis=1) * abnormal.sum(axis=1))
+    return auroc(*_pixels(counts, weights)).numpy()
 
 
 def pixel_aupr(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -72,12 +72,12 @@ def pixel_aupr(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
     Returns:
         Areas ``(R)``, NaN where a resample has no abnormal pixel.
     """
-    false, true = ((weights @ counts[:, row])[:, ::-1].cumsum(axis=1) for row in (0, 1))
-    with np.errstate(invalid="ignore"):
-        precision = np.where(true + false > 0, true / (true + false), 1.0)  # before the first pixel, too
-        recall = true / true[:, -1:]
-    before = np.pad(precision, ((0, 0), (1, 0)), constant_values=1.0)[:, :-1]
-    return ((precision + before) / 2 * np.diff(recall, axis=1, prepend=0.0)).sum(axis=1)
+    return aupr(*_pixels(counts, weights)).numpy()
+
+
+def _pixels(counts: np.ndarray, weights: np.ndarray) -> list[torch.Tensor]:
+    """Return counts of normal and of abnormal pixels in resamples ``(R, bins)``."""
+    return [torch.from_numpy(weights @ counts[:, row]) for row in (0, 1)]
 
 
 def f1(predicted: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:

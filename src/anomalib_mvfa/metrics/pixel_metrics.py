@@ -31,16 +31,17 @@ def aupr(normal: torch.Tensor, abnormal: torch.Tensor) -> torch.Tensor:
     """Area under the precision-recall curve, by trapezoids.
 
     Args:
-        normal: Counts of normal items ``(bins)``, float64.
-        abnormal: Counts of abnormal items ``(bins)``, float64.
+        normal: Counts of normal items ``(..., bins)``, float64.
+        abnormal: Counts of abnormal items ``(..., bins)``, float64.
 
     Returns:
-        The area ``()``, NaN where there are no abnormal items.
+        Areas ``(...)``, NaN where there are no abnormal items.
     """
-    false, true = (counts.flip(0).cumsum(0) for counts in (normal, abnormal))
-    seen = (true + false) > 0
-    recall, precision = true[seen] / true[-1], true[seen] / (true + false)[seen]
-    return torch.trapezoid(torch.cat([recall.new_ones(1), precision]), torch.cat([recall.new_zeros(1), recall]))
+    false, true = (counts.flip(-1).cumsum(-1) for counts in (normal, abnormal))
+    recall = true / true[..., -1:]
+    precision = torch.where(true + false > 0, true / (true + false), 1.0)  # before the first item, too
+    start = torch.zeros_like(recall[..., :1])
+    return torch.trapezoid(torch.cat([start + 1, precision], -1), torch.cat([start, recall], -1))
 
 
 def aupro(normal: torch.Tensor, lesions: torch.Tensor) -> torch.Tensor:
