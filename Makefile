@@ -3,7 +3,7 @@ VENV := .venv
 CONSTRAINTS :=
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lowest lint gpu-check
+.PHONY: install demo test test-examples lowest lint gpu-check
 
 install: $(VENV)/.installed
 
@@ -18,6 +18,11 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# Every command of the README and the site, and every config.
+test-examples: install
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "slow or not slow" \
+		tests/test_docs.py tests/test_configs.py tests/compare/test_compare_configs.py
 
 # Warnings are errors, such as a name in a docstring that does not exist; nothing is read from the network.
 .PHONY: docs

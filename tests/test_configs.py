@@ -205,7 +205,10 @@ def here(workspace, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- Tests
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem != "few_shot"), id=path.stem) for path in CONFIGS],
+)
 @pytest.mark.usefixtures("here")
 def test_config_runs(path):
     command, file, extra = "train", f"configs/{path.name}", ""

@@ -116,7 +116,17 @@ def _change_defaults(monkeypatch, function, **values):
     monkeypatch.setattr(function, "__defaults__", tuple(changed))
 
 
-@pytest.mark.parametrize("block", blocks_to_run(), ids=lambda block: f"{block.language}-{block.where}")
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(
+            block,
+            marks=[pytest.mark.slow] * (not block.where.startswith("README")),
+            id=f"{block.language}-{block.where}",
+        )
+        for block in blocks_to_run()
+    ],
+)
 def test_block_runs(block, reader):
     if "openvino" in block.text.lower():
         pytest.importorskip("openvino")
@@ -193,6 +203,7 @@ def _overrides(arguments):
     return [f"{name}={value}" for name, value in options.items()]
 
 
+@pytest.mark.slow
 def test_what_the_commands_are_said_to_write(desk):
     """Runs after the blocks."""
     results = desk / "results"

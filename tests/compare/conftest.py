@@ -38,7 +38,11 @@ def comparison(two_categories: Path, tiny_config: Path):
             "k_shots": [2],
             "methods": {
                 "PatchCore": {"protocol": "few_normal", "model": PATCHCORE},
-                "MVFA": {"protocol": "few_shot", "model": {"class_path": "Mvfa", "init_args": mvfa}},
+                "MVFA": {
+                    "protocol": "few_shot",
+                    "model": {"class_path": "Mvfa", "init_args": mvfa},
+                    "data": {"train_batch_size": 44},  # all views of K = 2 in one step
+                },
             },
             "accelerator": "cpu",
         }

@@ -45,7 +45,7 @@ def test_patients_stay_in_one_split(bmad_mini):
 def test_leave_one_out_trains_and_tests(bmad_mini, tiny_config, tmp_path):
     category = "Retina_OCT2017"
     others = [name for name in HERE if name != category]
-    data = BMADLeaveOneOut(bmad_mini, category, train_categories=others, num_workers=0)
+    data = BMADLeaveOneOut(bmad_mini, category, train_categories=others, train_batch_size=16, num_workers=0)
     seen = {}
 
     class Watched(Mvfa):

@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,12 @@ def _build(config: dict[str, Any], quick_gelu: bool, image_size: int) -> nn.Modu
 def _tokenizer(backbone: str, text: dict[str, Any]) -> Any:  # noqa: ANN401  # open_clip has no common type
     if "hf_tokenizer_name" in text:
         return open_clip.get_tokenizer(backbone)
-    return open_clip.SimpleTokenizer(context_length=text.get("context_length", 77))
+    return _simple_tokenizer(text.get("context_length", 77))
+
+
+@cache  # it takes 0.2 seconds to make, and has no state
+def _simple_tokenizer(context_length: int) -> open_clip.SimpleTokenizer:
+    return open_clip.SimpleTokenizer(context_length=context_length)
 
 
 def _read_weights(backbone: str, pretrained: str | None, config: dict[str, Any], quick_gelu: bool) -> State:
