@@ -50,8 +50,7 @@ CUDA = pytest.param("cuda", marks=ON_CUDA)
 in_every_precision = pytest.mark.parametrize(
     ("device", "precision"),
     [
-        ("cpu", "bf16-mixed"),
-        ("cpu", "16-mixed"),
+        *(pytest.param("cpu", name, marks=pytest.mark.slow) for name in ("bf16-mixed", "16-mixed")),
         *(pytest.param("cuda", precision, marks=ON_CUDA) for precision in PRECISIONS),
     ],
     indirect=True,

@@ -133,13 +133,29 @@ def wait_for(condition, seconds=60):
         time.sleep(0.02)
 
 
+@pytest.fixture
+def start():
+    """Return a function that runs another in a process, which ends with the test: jobs end with it."""
+    processes = []
+
+    def run(function, *args):
+        processes.append(get_context("fork").Process(target=function, args=args))
+        processes[-1].start()
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.join()
+
+
 POINTS = ("before the first job", "in the first job", "in the last job")
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("how", CODES, ids=lambda how: how.name)
-def test_a_stopped_comparison_goes_on(comparison, scripted, tmp_path, monkeypatch, how, point):
+def test_a_stopped_comparison_goes_on(comparison, scripted, start, tmp_path, monkeypatch, how, point):
     plan = small(comparison)
     plan.save(tmp_path / "plan.yaml")
     scripted(plan, f"WAITS = {how != signal.SIGKILL}\n{ENDLESS}")
@@ -153,8 +169,7 @@ def test_a_stopped_comparison_goes_on(comparison, scripted, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         if point == POINTS[0]:
             patch.setattr(runner, "identify", lambda _: (tmp_path / "reading").touch() or time.sleep(60))
-        process = get_context("fork").Process(target=run_here, args=(arguments,))
-        process.start()
+        process = start(run_here, arguments)
     if point == POINTS[0]:
         wait_for((tmp_path / "reading").exists)
     else:
@@ -190,14 +205,11 @@ def endless(comparison):
     return replace(comparison().methods["MVFA"], trainer={"max_epochs": 100000})
 
 
-def test_real_jobs_equal_those_of_this_process_and_end_with_their_parent(comparison, tmp_path):
+def test_real_jobs_equal_those_of_this_process_and_end_with_their_parent(comparison, start, tmp_path):
     plan = small(comparison, methods={"PatchCore": comparison().methods["PatchCore"], "endless": endless(comparison)})
     plan.save(tmp_path / "plan.yaml")
     run = tmp_path / "run"
-    process = get_context("fork").Process(
-        target=run_here, args=(["--config", str(tmp_path / "plan.yaml"), "--output", str(run), "--workers", "2"],)
-    )
-    process.start()
+    process = start(run_here, ["--config", str(tmp_path / "plan.yaml"), "--output", str(run), "--workers", "2"])
     wait_for(lambda: [*(run / "jobs").glob(".endless*.partial")] and read_results(run), 120)
     found = {path.parent: status(path) for path in Path("/proc").glob("[0-9]*/cmdline")}
     (child,) = [path / "status" for path, text in found.items() if f"{run}\0endless-Chest-k2-s0" in text]
@@ -210,10 +222,9 @@ def test_real_jobs_equal_those_of_this_process_and_end_with_their_parent(compari
     assert "image_AUROC" in (run / "logs" / f"{result.job}.log").read_text()
 
 
-def test_a_real_job_ends_when_told_to_and_leaves_nothing(comparison, tmp_path):
+def test_a_real_job_ends_when_told_to_and_leaves_nothing(comparison, start, tmp_path):
     small(comparison, methods={"A": endless(comparison)}).save(tmp_path / "config.yaml")
-    process = get_context("fork").Process(target=lambda: sys.exit(main([str(tmp_path), "A-Chest-k2-s0"])))
-    process.start()
+    process = start(lambda: sys.exit(main([str(tmp_path), "A-Chest-k2-s0"])))
     wait_for(lambda: [*(tmp_path / "jobs").glob(".*.partial")])
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)

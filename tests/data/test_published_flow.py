@@ -15,6 +15,12 @@ from recipe import write_support_list
 FIGURES = json.loads((Path(__file__).parents[1] / "figures" / "e2e_mini.json").read_text())
 
 
+CATEGORIES = [
+    pytest.param(category, marks=[pytest.mark.slow] * (category not in {"Brain", "Chest"})) for category in FIGURES
+]
+"""The quick ones are one with masks and one without."""
+
+
 @pytest.fixture
 def run(bmad_mini, mini_clip, tmp_path):
     """Run `anomalib test` with the reference's adapters and support lists."""
@@ -46,7 +52,7 @@ def run(bmad_mini, mini_clip, tmp_path):
     return test
 
 
-@pytest.mark.parametrize("category", FIGURES)
+@pytest.mark.parametrize("category", CATEGORIES)
 def test_published_scores(run, category, monkeypatch):
     figures, seen, scores = FIGURES[category], [], MvfaModel.branch_scores
 
@@ -72,7 +78,7 @@ def test_published_scores(run, category, monkeypatch):
             torch.testing.assert_close(values, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
 
 
-@pytest.mark.parametrize("category", FIGURES)
+@pytest.mark.parametrize("category", CATEGORIES)
 def test_published_scores_without_support(run, category):
     """The leave-one-out scoring: the text branch alone, the det mean for every category."""
     metrics, _ = run(category, few_shot_weight=0, image_score="det_mean")
