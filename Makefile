@@ -10,7 +10,7 @@ install: $(VENV)/.installed
 # An editable install keeps copies of the metadata and of the start-up hook; the rest is read from src.
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) $(wildcard src/anomalib_mvfa_hook.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(addprefix -c ,$(CONSTRAINTS)) -e '.[dev,docs,openvino]'
+	$(BIN)/python -m pip install $(addprefix -c ,$(CONSTRAINTS)) -e '.[dev,docs,int8]'
 	touch $@
 
 demo: install

@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +30,19 @@ from anomalib_mvfa.model.torch_model import Scoring
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
-FORWARD = 176e9
-"""Operations of ViT-L/14 at 240 px for one image."""
-BANK_OF_4 = 45.5e9
-"""Operations of a search in the bank of K = 4, four levels, for one image."""
-TRAINING = 300e9
-"""Operations of a training image whose first quarter of blocks is kept: forward and backward, with adapters."""
-PUBLISHED = 10.5 * 66e9
-"""Time of a training image in the published code, in products of matrices: 10.5 s where these reach 66 GFLOP/s."""
 
-
-def arguments(description: str | None) -> argparse.Namespace:
+def arguments(
+    description: str | None, output: Path = Path("results/benchmarks"), words: Sequence[str] | None = None
+) -> argparse.Namespace:
     """Parse the command line of a benchmark."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--bf16", action="store_true", help="under autocast, beside the rate of bfloat16 products")
-    parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
-    return parser.parse_args()
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="tiny random CLIP and few steps: to try the script")
+    parser.add_argument("--output", type=Path, default=output, metavar="FOLDER")
+    options = parser.parse_args(words)
+    options.bf16 = options.device == "cuda"  # which many processors do hundreds of times slower than float32
+    options.steps = 1 if options.tiny else 10 if options.device == "cuda" else 2
+    return options
 
 
 def seconds(run: Callable[[], Any], device: str, repeats: int = 3) -> float:
@@ -193,10 +189,10 @@ def peak_memory_mb(device: str) -> float:
 def write(name: str, options: argparse.Namespace, figures: dict[str, Any]) -> None:
     """Print figures, and write them with where they come from."""
     device = torch.device(options.device)
-    origin = {"bf16": options.bf16, "commit": commit(), "device": device_name(device), "versions": versions()}
+    origin = {"commit": commit(), "device": device_name(device), "versions": versions()}
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{name}.json"
     path.write_text(json.dumps({**figures, **origin}, indent=2) + "\n")
     for key, value in figures.items():
-        sys.stdout.write(f"{key:42} {value:.4g}\n" if isinstance(value, float) else f"{key:42} {value}\n")
+        sys.stdout.write(f"{key:52} {value:.4g}\n" if isinstance(value, float) else f"{key:52} {value}\n")
     sys.stdout.write(f"Saved as {path}\n")

@@ -14,48 +14,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
-    CONFIGS,
-    batch,
-    build_model,
-    fill_bank,
-    matmul_rate,
-    peak_memory_mb,
-    precision,
-    profiled,
-    published_loop,
-    seconds,
-    training_step,
-)
-from goals import COPIES, SHARE, SPEEDUP, judged, table
-from torch.utils.flop_counter import FlopCounterMode
+from common import CONFIGS, arguments, fill_bank, profiled, training_step
+from goals import COPIES, judged, table
+from speed import SHOTS, TESTED, TRAINED, Figures, measure, random_model, scoring
 
 from anomalib_mvfa.io import commit, device_name, versions
 
 ROOT = CONFIGS.parent
 REAL_IMAGES = [folder / "shared" / "data" / "bmad_mini" for folder in (ROOT.parent, ROOT)]
-TRAINED, TESTED, SHOTS = (1, 16), (1, 32), (4, 16)
 KERNELS = 10
 TEST_LIMIT, RUN_LIMIT = 150, 120
 """Most seconds of the tests and of the few-shot run."""
 
-Figures = dict[str, Any]
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run all parts, write ``gpu_check.json`` and ``gpu_check.md``, and return 1 if a part has failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="tiny random CLIP, few tests and steps: to try the script")
-    parser.add_argument("--output", type=Path, default=Path("results/gpu_check"), metavar="FOLDER")
-    options = parser.parse_args(arguments)
-    options.bf16 = options.device == "cuda"  # which many processors do hundreds of times slower than float32
-    options.steps = 1 if options.tiny else 10
+    options = arguments(__doc__, Path("results/gpu_check"), words)
     options.output = options.output.resolve()  # commands run in the root of the checkout
     options.output.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"tiny": options.tiny, "figures": {}, "errors": {}, "seconds": {}}
@@ -102,74 +80,12 @@ def run_tests(options: argparse.Namespace, figures: Figures) -> None:
         raise RuntimeError(msg)
 
 
-@cache
-def _model(device: str, tiny: bool) -> Any:  # noqa: ANN401  # the model, built once since ViT-L takes a while
-    return build_model(device, tiny)
-
-
-def measure_speed(options: argparse.Namespace, figures: Figures) -> None:
-    """Measure images per second, memory and share of the matmul rate, beside the published loop."""
-    device, model = options.device, _model(options.device, options.tiny)
-    rate = matmul_rate(options)
-    baseline = _published_speed(options)
-    figures["bf16 matmul rate, TFLOP/s" if options.bf16 else "float32 matmul rate, TFLOP/s"] = rate / 1e12
-    figures.update({f"published loop, {name}: images/s": value for name, value in baseline.items()})
-
-    def measure(name: str, run: Callable[[], Any], count: int, compared: float) -> None:
-        run()  # fills caches
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        with FlopCounterMode(display=False) as operations:
-            run()
-        images = _images_per_second(run, count, options)
-        figures[f"{name}: images/s"] = images
-        figures[f"{name}: {SPEEDUP}"] = images / compared
-        figures[f"{name}: {SHARE}"] = operations.get_total_flops() * images / count / rate
-        figures[f"{name}: peak memory, MiB"] = peak_memory_mb(device)
-
-    for count in TRAINED:
-        step = training_step(model, count, options)
-        measure(f"training, batch {count}", step, count, baseline["training"])
-    model.cache = None
-    for k_shot in SHOTS:
-        fill_bank(model, k_shot)
-        for count in TESTED:
-            run = _test_batch(model, count, options)
-            measure(f"test, batch {count}, K = {k_shot}", run, count, baseline[f"K = {k_shot}"])
-
-
-def _published_speed(options: argparse.Namespace) -> dict[str, float]:
-    device, model = options.device, _model(options.device, options.tiny)
-    loop = published_loop(model, options.tiny, torch.float16 if options.bf16 else torch.float32)
-    image, mask, label = batch(1, device, model.image_size)
-    speeds = {"training": _images_per_second(lambda: loop.train(image, mask, label), 1, options)}
-    for k_shot in SHOTS:
-        rows = fill_bank(model, k_shot)
-        speeds[f"K = {k_shot}"] = _images_per_second(partial(loop.test, image, rows), 1, options)
-    return speeds
-
-
-def _images_per_second(run: Callable[[], Any], count: int, options: argparse.Namespace) -> float:
-    run()
-    return count / seconds(run, options.device, options.steps)
-
-
-def _test_batch(model: Any, count: int, options: argparse.Namespace) -> Callable[[], Any]:  # noqa: ANN401
-    image, *_ = batch(count, options.device, model.eval().image_size)
-
-    def run() -> Any:  # noqa: ANN401  # predictions, which stay on the device
-        with torch.no_grad(), precision(options):
-            return model(image)
-
-    return run
-
-
 def profile_steps(options: argparse.Namespace, figures: Figures) -> None:
     """Profile training steps and test batches: copies, gaps between kernels, the longest kernels."""
-    model = _model(options.device, options.tiny)
+    model = random_model(options.device, options.tiny)
     _profile("training step", training_step(model, TRAINED[-1], options), options, figures)
     fill_bank(model, SHOTS[0])
-    _profile("test batch", _test_batch(model, TESTED[-1], options), options, figures)
+    _profile("test batch", scoring(model, TESTED[-1], options), options, figures)
 
 
 def _profile(name: str, run: Callable[[], Any], options: argparse.Namespace, figures: Figures) -> None:
@@ -238,7 +154,7 @@ def _run(command: Sequence[str], log: Path, limit: float) -> tuple[str, int]:
 PARTS: dict[str, Callable[[argparse.Namespace, Figures], None]] = {
     "device": describe_device,
     "tests": run_tests,
-    "speed": measure_speed,
+    "speed": measure,
     "profile": profile_steps,
     "few-shot run": run_few_shot,
 }

@@ -93,6 +93,16 @@ def test_a_method_may_be_for_some_categories(comparison, caplog):
     assert "methods.PatchCore.categories: ['Liver'] not compared; Brain, Chest are." in caplog.text
 
 
+def test_categories_choose_among_data_sets_of_a_list(comparison):
+    data = [{"class_path": "FewShotFolder", "init_args": {"name": name, "root": "x"}} for name in ("A", "B", "C")]
+    plan = comparison(data=data, categories=["C", "A"])
+    assert [(job.name, job.category) for job in jobs_of(plan)] == [
+        (name, category) for category in ("C", "A") for name in ("PatchCore", "MVFA")
+    ]
+    with pytest.raises(ValueError, match=r"categories='D' is unknown; choose one of: A, B, C\."):
+        jobs_of(comparison(data=data, categories=["A", "D"]))
+
+
 @pytest.mark.parametrize("end", ["/b", " b", "../up", ".hidden", "<script>", "A" * 300, "\u4e2d" * 100])
 def test_names_of_folders_are_plain_short_and_stay_apart(comparison, end):
     names = [f"{end}{last}" for last in "ab"]

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from anomalib.data import AnomalibDataset, PredictDataset
-from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
+from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from lightning.pytorch import Callback
 from PIL import Image
@@ -273,6 +273,23 @@ def test_exported_graphs_give_the_same_maps_at_any_batch_and_size(fitted, graph)
         by_onnx = dict(zip(names, session.run(None, {"input": batch.numpy()}), strict=True))
         for found in (by_onnx, compiled(batch.numpy())):
             np.testing.assert_allclose(found["anomaly_map"].reshape(expected.shape), expected, atol=1e-5)
+
+
+def test_int8_takes_the_support_and_stays_near(fitted, graph, phantom_root):
+    pytest.importorskip("nncf")
+    import openvino
+
+    model = fitted[1].eval()
+    data = BMADFewShot(phantom_root, k_shot=1, num_workers=0)
+    with pytest.raises(ValueError, match="compression_type=INT8_PTQ needs images: give --data"):
+        model._compress_ov_model(None, CompressionType.INT8_PTQ)
+    quantized = model._compress_ov_model(openvino.convert_model(graph), CompressionType.INT8_PTQ, data)
+    batch = images("films", 2, 56)
+    with torch.no_grad():
+        expected = model(batch).anomaly_map.numpy()
+    found = openvino.Core().compile_model(quantized, "CPU")(batch.numpy())["anomaly_map"]
+    difference = np.abs(found.reshape(expected.shape) - expected)
+    assert 0 < difference.mean() < 0.05 * np.ptp(expected)
 
 
 def samples_of(paths):

@@ -106,7 +106,8 @@ class Comparison:
         methods: Methods by the name that tables give them.
         data: Anomalib's mapping of a datamodule, ``class_path`` and ``init_args``, or a list of such. Its
             ``eval_batch_size`` and ``num_workers`` hold for every protocol.
-        categories: Categories of these data to test; every one is a copy of the mapping with this ``category``.
+        categories: What is tested: of one mapping, a copy with each ``category``; of a list, those with these names or
+            categories.
         k_shots: Numbers of support images K for the protocols that have them.
         seeds: Seeds of draws, orders and initial weights; one job per seed.
         weights: A file for a method's frozen backbone, or None for seeded random weights. Methods that are not named
@@ -188,16 +189,24 @@ class Comparison:
         """Return the mapping of every category's datamodule, by the category's name; no data are read.
 
         Raises:
-            ValueError: Two have one name.
+            ValueError: Two have one name, or one of a list is asked for that is not in it.
         """
-        mappings = self.data if isinstance(self.data, list) else [self.data]
+        several = isinstance(self.data, list)
+        mappings = [
+            {**mapping, "init_args": {**mapping.get("init_args", {}), **({"category": category} if category else {})}}
+            for mapping in (self.data if isinstance(self.data, list) else [self.data])
+            for category in ([] if several else self.categories) or [""]
+        ]
         found: dict[str, dict[str, Any]] = {}
         for mapping in mappings:
-            for category in self.categories or [""]:
-                arguments = {**mapping.get("init_args", {}), **({"category": category} if category else {})}
-                name = arguments.get("category") or arguments.get("name") or mapping["class_path"].rpartition(".")[2]
-                if name in found:
-                    msg = f"data has two data sets called {name!r}; give one of them another name or category."
-                    raise ValueError(msg)
-                found[name] = {**mapping, "init_args": arguments}
-        return found
+            arguments = mapping["init_args"]
+            name = arguments.get("category") or arguments.get("name") or mapping["class_path"].rpartition(".")[2]
+            if name in found:
+                msg = f"data has two data sets called {name!r}; give one of them another name or category."
+                raise ValueError(msg)
+            found[name] = mapping
+        if not several or self.categories is None:
+            return found
+        for name in self.categories:
+            check_choice("categories", name, [*found])
+        return {name: found[name] for name in self.categories}

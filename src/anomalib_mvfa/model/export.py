@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from anomalib.data import Batch
+from anomalib.data import AnomalibDataModule, Batch
 from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchmetrics.utilities.data import dim_zero_cat
 from torchvision.transforms.v2 import InterpolationMode, Resize
 
@@ -28,6 +29,8 @@ logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings 
 
 ONNX_OPSET = 18
 """The operator set that torch writes; converting it to an older one fails."""
+CALIBRATION_IMAGES = 300
+"""Most images whose values set the ranges of int8; NNCF's default."""
 CUBIC = -0.5
 """Coefficient of the cubic kernel, as Pillow and torch's antialiased resize have it."""
 
@@ -52,6 +55,29 @@ class ExportMixin(_Host):
         """Export as anomalib does, in the operator set that torch writes; OpenVINO's export passes through here too."""
         self.check_exportable()
         return super().to_onnx(*args, **{"opset_version": ONNX_OPSET, **kwargs})
+
+    @staticmethod
+    def _post_training_quantization_ov(model: Any, datamodule: AnomalibDataModule | None = None) -> Any:  # noqa: ANN401
+        """Quantize a graph to int8, as a transformer, with the ranges that values have on the images to learn from.
+
+        Anomalib takes the validation's images, which may be those of the test, and a convolutional network's way,
+        which moves maps five times as far.
+        """
+        if datamodule is None:
+            msg = "compression_type=INT8_PTQ needs images: give --data, and it takes those that the model learns from."
+            raise ValueError(msg)
+        import nncf  # an optional package
+
+        datamodule.setup("fit")
+        images = DataLoader(
+            datamodule.train_data,
+            shuffle=True,  # of many, the first would all be of one kind
+            generator=torch.Generator().manual_seed(0),
+            collate_fn=lambda items: items[0].image.unsqueeze(0).numpy(),
+        )
+        return nncf.quantize(
+            model, nncf.Dataset(images), subset_size=CALIBRATION_IMAGES, model_type=nncf.ModelType.TRANSFORMER
+        )
 
 
 @contextmanager
