@@ -1,9 +1,11 @@
 """What every model adds to anomalib's callbacks: finite numbers, how a run ends, and where checkpoints come from."""
 
 import logging
+import math
 import os
 import signal
 from multiprocessing import get_context
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +119,20 @@ def test_a_checkpoint_says_where_it_comes_from(build, engine, data, tmp_path, ki
     later.test(build(kind), datamodule=data, ckpt_path=trained.best_model_path)
     later.trainer.save_checkpoint(tmp_path / "again.ckpt")
     assert torch.load(tmp_path / "again.ckpt", weights_only=False)["provenance"] == expected
+
+
+@pytest.mark.parametrize("command", ["test", "predict", "validate"])
+def test_memory_of_a_batch_is_given_back(monkeypatch, build, engine, data, command):
+    given_back = []
+    monkeypatch.setattr("ctypes.CDLL", lambda name: SimpleNamespace(malloc_trim=given_back.append))
+    getattr(engine(), command)(build(Mkd), datamodule=data)
+    images = len(data.val_data if command == "validate" else data.test_data)
+    assert given_back == [0] * math.ceil(images / data.eval_batch_size)
+
+
+def test_a_system_without_that_library_does_as_well(monkeypatch, build, engine, data):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    assert engine().test(build(Mkd), datamodule=data)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Callbacks that every model adds to anomalib's: finite numbers, ends of runs, origins of checkpoints, and results."""
 
+import ctypes
 import logging
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,6 +29,21 @@ ADVICE = (
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the memory of a device, or of the computer, did not suffice."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+class FreedMemory(Callback):
+    """Gives freed memory back to the system after each batch of images that is scored.
+
+    The GNU C library before 2.38 seldom finds a place for torch's next tensors in what the last ones have left: without
+    this, a test grew by 0.6 MB with each image of 238 px, 12 GB for 20,000. It takes less than a millisecond.
+    """
+
+    def _give_back(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        del args, kwargs
+        with suppress(OSError, AttributeError, TypeError):  # of other systems
+            ctypes.CDLL(None).malloc_trim(0)
+
+    on_test_batch_end = on_validation_batch_end = on_predict_batch_end = _give_back
 
 
 class FiniteNumbers(Callback):
@@ -130,4 +147,4 @@ def default_callbacks(callbacks: Sequence[Callback] | Callback) -> list[Callback
     """Return a model's callbacks, those of this module, and what writes results."""
     theirs = callbacks if isinstance(callbacks, Sequence) else [callbacks]
     # The first before metrics and thresholds take a number, the last once scores have met the thresholds.
-    return [FiniteNumbers(), *theirs, RunEnd(), Provenance(), Results()]
+    return [FiniteNumbers(), FreedMemory(), *theirs, RunEnd(), Provenance(), Results()]

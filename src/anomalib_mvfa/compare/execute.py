@@ -24,7 +24,7 @@ from anomalib.models.components import AnomalibModule
 from lightning import seed_everything
 from lightning.pytorch import Callback
 
-from ..callbacks import ADVICE, TERMINATED, FiniteNumbers, is_out_of_memory
+from ..callbacks import ADVICE, TERMINATED, FiniteNumbers, FreedMemory, is_out_of_memory
 from ..io import commit, device_name, versions
 from ..metrics.evaluator import default_evaluator
 from ..model.export import OrderKeepingPostProcessor
@@ -86,8 +86,8 @@ def _train_and_test(job: Job, folder: Path, gpu: int | None) -> JobResult:
     select, epoch = job.comparison.select_epoch_on_test, None
     with TemporaryDirectory() as scratch:
         every_epoch = ModelCheckpoint(scratch, filename="{epoch}", save_top_k=-1)
-        callbacks = [FiniteNumbers(), watch, scores, pictures, features, *([every_epoch] if select else [])]
-        engine = _engine(job, callbacks, scratch, gpu)
+        kept = [watch, scores, pictures, features, *([every_epoch] if select else [])]
+        engine = _engine(job, [FiniteNumbers(), FreedMemory(), *kept], scratch, gpu)
         (tested,) = engine.train(model, datamodule=datamodule)
         trainer: Any = engine.trainer  # Lightning sets some attributes where type checkers do not see them
         epochs = trainer.current_epoch
