@@ -36,9 +36,12 @@ VIEWS, EPOCHS, IMAGES = 2 * 4 * 11, 50, 3715
 Figures = dict[str, Any]
 
 
-@register_flop_formula(torch.ops.mkldnn._linear_pointwise)  # noqa: SLF001  # by which linear.py multiplies
 def _operations(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *_: Any, **__: Any) -> int:  # noqa: ANN401
     return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # by which linear.py multiplies, where torch has it
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_operations)  # noqa: SLF001
 
 
 def main() -> None:
@@ -87,14 +90,14 @@ def measure(options: argparse.Namespace, figures: Figures) -> None:
         figures[f"{name}: {SHARE}"] = operations.get_total_flops() * images / count / rate
         figures[f"{name}: peak memory, MiB"] = peak_memory_mb(device)
 
-    on_cpu = device == "cpu" and not options.tiny
-    for count in FEW if on_cpu else TRAINED:
+    trained, tested = (FEW, FEW) if device == "cpu" and not options.tiny else (TRAINED, TESTED)
+    for count in trained:
         step = training_step(model, count, options)
         one(f"training, batch {count}", step, count, baseline["training"])
     model.cache = None
     for k_shot in SHOTS:
         fill_bank(model, k_shot)
-        for count in FEW if on_cpu else TESTED:
+        for count in tested:
             one(f"test, batch {count}, K = {k_shot}", scoring(model, count, options), count, baseline[f"K = {k_shot}"])
 
 

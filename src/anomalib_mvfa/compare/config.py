@@ -191,22 +191,24 @@ class Comparison:
         Raises:
             ValueError: Two have one name, or one of a list is asked for that is not in it.
         """
-        several = isinstance(self.data, list)
-        mappings = [
-            {**mapping, "init_args": {**mapping.get("init_args", {}), **({"category": category} if category else {})}}
-            for mapping in (self.data if isinstance(self.data, list) else [self.data])
-            for category in ([] if several else self.categories) or [""]
-        ]
+        chosen: Sequence[str] | None = None
+        if isinstance(self.data, list):
+            mappings, chosen = self.data, self.categories
+        elif self.categories is None:
+            mappings = [self.data]
+        else:
+            arguments = self.data.get("init_args", {})
+            mappings = [{**self.data, "init_args": {**arguments, "category": name}} for name in self.categories]
         found: dict[str, dict[str, Any]] = {}
         for mapping in mappings:
-            arguments = mapping["init_args"]
+            arguments = mapping.get("init_args", {})
             name = arguments.get("category") or arguments.get("name") or mapping["class_path"].rpartition(".")[2]
             if name in found:
                 msg = f"data has two data sets called {name!r}; give one of them another name or category."
                 raise ValueError(msg)
-            found[name] = mapping
-        if not several or self.categories is None:
+            found[name] = {**mapping, "init_args": arguments}
+        if chosen is None:
             return found
-        for name in self.categories:
+        for name in chosen:
             check_choice("categories", name, [*found])
-        return {name: found[name] for name in self.categories}
+        return {name: found[name] for name in chosen}

@@ -29,8 +29,6 @@ logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings 
 
 ONNX_OPSET = 18
 """The operator set that torch writes; converting it to an older one fails."""
-CALIBRATION_IMAGES = 300
-"""Most images whose values set the ranges of int8; NNCF's default."""
 CUBIC = -0.5
 """Coefficient of the cubic kernel, as Pillow and torch's antialiased resize have it."""
 
@@ -75,9 +73,7 @@ class ExportMixin(_Host):
             generator=torch.Generator().manual_seed(0),
             collate_fn=lambda items: items[0].image.unsqueeze(0).numpy(),
         )
-        return nncf.quantize(
-            model, nncf.Dataset(images), subset_size=CALIBRATION_IMAGES, model_type=nncf.ModelType.TRANSFORMER
-        )
+        return nncf.quantize(model, nncf.Dataset(images), model_type=nncf.ModelType.TRANSFORMER)
 
 
 @contextmanager
