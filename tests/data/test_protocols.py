@@ -349,6 +349,8 @@ def test_all_normal_images_are_learnt_from_and_the_same_ones_tested(any_source, 
         assert paths(getattr(full, part)) == paths(getattr(few, part))
     seen = [path for batch in full.train_dataloader() for path in batch.image_path]
     assert sorted(seen) == sorted(paths(full.train_data))
+    with pytest.raises(ValueError, match="views=True is not possible here: training images are as they are"):
+        FullNormal(full.source, views=True)
 
 
 def test_no_patient_is_trained_on_and_tested(patients):

@@ -25,7 +25,8 @@ class FullNormal(FewShot):
         kwargs: Arguments of FewShot; 32 images are in a training batch, where the model has no number of its own.
 
     Raises:
-        ValueError: FewShot raises it, or the source has no normal training image of another group than it tests.
+        ValueError: FewShot raises it, views=True is asked for, or the source has no normal training image of another
+            group than it tests.
     """
 
     needs_train = True
@@ -33,6 +34,9 @@ class FullNormal(FewShot):
 
     def __init__(self, source: Source, **kwargs) -> None:  # noqa: ANN003
         super().__init__(source, **kwargs)
+        if self.views:
+            msg = "views=True is not possible here: training images are as they are. Leave it out, or use FewShot."
+            raise ValueError(msg)
 
     def _setup(self, _stage: str | None = None) -> None:
         super()._setup(_stage)
