@@ -60,7 +60,7 @@ def test_a_dry_run_needs_no_data(comparison, tmp_path, capsys):
 def test_the_command_line_may_change_what_is_run(comparison, done, tmp_path):
     comparison().save(tmp_path / "plan.yaml")
     output = tmp_path / "run"
-    changes = ["--categories", "[Chest]", "--seeds", "[7]", "--k_shots", "[1]", "--reference", "MVFA"]
+    changes = ["--categories", "Chest", "--seeds", "7", "--k_shots", "1", "--reference", "MVFA"]
     assert cli.main("compare", ["--config", str(tmp_path / "plan.yaml"), "--output", str(output), *changes]) == 0
     assert done == ["PatchCore-Chest-k1-s7", "MVFA-Chest-k1-s7"]
     saved = Comparison.load(output / "config.yaml")
@@ -102,7 +102,8 @@ def test_repeat_is_a_comparison_of_one_model(phantom_root, done, tmp_path):
     [
         ("compare", ["--config", "nowhere.yaml"], "nowhere.yaml"),
         ("compare", ["--config", "plan.yaml", "--categories", "[Lungs]"], "BMAD has no category 'Lungs'"),
-        ("compare", ["--config", "plan.yaml", "--seeds", "[a]"], "seeds"),
+        ("compare", ["--config", "plan.yaml", "--seeds", "[0, a]"], "seeds.1"),
+        ("compare", ["--config", "plan.yaml", "--k_shots", "4,"], "k_shots.1"),
         ("compare", ["--config", "plan.yaml", "--workers", "0"], "workers=0 must be at least 1"),
         ("compare", ["--config", "plan.yaml", "--weights", "{Other: null}"], "weights='Other' is unknown; choose one"),
         ("compare", ["--config", "plan.yaml", "--reference", "Other"], "reference='Other' is unknown; choose one of"),

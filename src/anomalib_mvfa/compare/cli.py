@@ -20,14 +20,9 @@ from .runner import compare, duration
 
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code after Ctrl-C, as shells have it."""
-OVERRIDES = {
-    "categories": list[str],
-    "k_shots": list[int],
-    "seeds": list[int],
-    "weights": dict[str, str | None],
-    "reference": str,
-    "accelerator": str,
-}
+
+LISTS = {"categories": str, "k_shots": int, "seeds": int}
+OVERRIDES = {**dict.fromkeys(LISTS, str), "weights": dict[str, str | None], "reference": str, "accelerator": str}
 """Arguments of a comparison that the command line may give in place of the file."""
 
 
@@ -63,15 +58,22 @@ def main(command: str, arguments: Sequence[str]) -> int:
 def _compare(parser: ArgumentParser, arguments: list[str]) -> int:
     parser.add_argument("--config", type=Path, required=True, help="YAML file of a comparison, see configs/compare.")
     for name, kind in OVERRIDES.items():
-        parser.add_argument(f"--{name}", type=kind, default=None, help="Replaces the value in the file.")
+        parser.add_argument(f"--{name}", type=kind, default=None, help="Replaces the file's; commas between several.")
     parser.add_argument("--output", type=Path | None, help="Folder of the results; by default named by the file.")
     parser.add_argument("--workers", type=int | None, help="Jobs at a time; by default one for each GPU.")
     parser.add_argument("--dry_run", action="store_true", help="List the jobs, and which of them have finished.")
     options = parser.parse_args(arguments)
     output = options.output or Path("results/compare", options.config.stem)
     overrides = {name: options[name] for name in OVERRIDES if options[name] is not None}
+    overrides |= {name: _several(text, LISTS[name]) for name, text in overrides.items() if name in LISTS}
     comparison = Comparison.load(options.config, **overrides)
     return _list(jobs_of(comparison), output) if options.dry_run else _run(comparison, output, options.workers)
+
+
+def _several(text: str, kind: type) -> list[Any]:
+    """Return values with commas between, in brackets or not; what is no number stays, for the error to name."""
+    parts = [part.strip(" '\"") for part in text.strip("[] ").split(",")]
+    return [kind(part) if part.isdigit() else part for part in parts]
 
 
 def _report(parser: ArgumentParser, arguments: list[str]) -> int:
@@ -95,7 +97,7 @@ def _repeat(parser: Any, arguments: list[str]) -> int:  # noqa: ANN401  # argpar
     options, train = parser.parse_known_args(arguments)
     model, data, trainer = _train_configuration(train)
     accelerator = trainer.pop("accelerator", "auto")
-    name, seeds = model["class_path"].rpartition(".")[2], yaml.safe_load(f"[{options.seeds.strip('[]')}]")
+    name, seeds = model["class_path"].rpartition(".")[2], _several(options.seeds, int)
     comparison = Comparison(
         methods={name: Method("own_split", model, trainer=trainer)},
         data=data,

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ class ClipBackbone(BlockNetwork):
         takes minutes for those of ViT-L.
         """
         device = self.clip.logit_scale.device
-        made_of = [self.fingerprint, self._text_config, open_clip.__version__, device.type, [list(p) for p in prompts]]
+        text = [self._text_config, version("open_clip_torch"), [list(texts) for texts in prompts]]
+        made_of = [self.fingerprint, device.type, *text]
         key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
         path = Path(torch.hub.get_dir()) / "anomalib_mvfa" / f"{key}.pt"
         with suppress(Exception):  # there is none, or it cannot be read
