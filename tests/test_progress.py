@@ -18,4 +18,6 @@ def test_progress(is_terminal, monkeypatch, caplog):
         assert [*progress.progress(iter("abc"), "Filling", 3), *progress.progress("de", "Encoding")] == [*"abcde"]
     assert caplog.messages == ["Filling: 3 steps.", "Encoding: 2 steps."]
     shown = console.file.getvalue()
-    assert "Filling" in shown and "Encoding" in shown if is_terminal else not shown
+    assert (
+        "Filling" in shown and "Encoding" in shown if is_terminal else not shown.strip()
+    )  # rich 14.1 ends a hidden bar's line

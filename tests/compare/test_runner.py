@@ -180,7 +180,8 @@ def test_a_stopped_comparison_goes_on(comparison, scripted, start, tmp_path, mon
     process.join(30)
     assert process.exitcode == CODES[how]
     if how != signal.SIGKILL:
-        assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if f"RUN, JOB = '{tmp_path}'" in status(path)]
+        ours = f"RUN, JOB = '{tmp_path}'"
+        wait_for(lambda: not [path for path in Path("/proc").glob("[0-9]*/cmdline") if ours in status(path)])
 
     finished = {first} if point == POINTS[2] else set()
     stopped = {POINTS[0]: set(), POINTS[1]: {first}, POINTS[2]: {last}}[point] if how != signal.SIGKILL else set()
