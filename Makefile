@@ -17,11 +17,11 @@ demo: install
 	$(BIN)/python -m anomalib_mvfa.demo
 
 test: install
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # Every command of the README and the site, and every config.
 test-examples: install
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m "slow or not slow" \
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "slow or not slow" \
 		tests/test_docs.py tests/test_configs.py tests/compare/test_compare_configs.py
 
 # Warnings are errors, such as a name in a docstring that does not exist; nothing is read from the network.

@@ -19,13 +19,6 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # which torch reads when it is imported, here and in child processes
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]):
-    """Keep each file in one process, and together those whose first export waits 15 s for torch to make ready."""
-    for item in items:
-        exports = item.path.stem in {"test_inputs", "test_vit_backbone"}
-        item.add_marker(pytest.mark.xdist_group("exports" if exports else str(item.path)))
-
-
 def pytest_collection_finish():
     """Keep what is imported out of later garbage collections, which otherwise walk through millions of objects."""
     gc.collect()
