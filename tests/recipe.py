@@ -12,12 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 import open_clip
+import PIL
 import torch
 from torch import nn
 from torchvision.models.vgg import make_layers
 
 SIDE = 14
 """Of a patch, in pixels."""
+READS_YCBCR = int(PIL.__version__.split(".")[0]) >= 13  # the last for Python 3.10 is 12
+"""Whether Pillow reads the YCbCr TIFF that it writes (its issue 9770)."""
 TEXT = {"context_length": 77, "vocab_size": 49408}
 
 

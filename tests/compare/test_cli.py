@@ -104,6 +104,7 @@ def test_repeat_is_a_comparison_of_one_model(phantom_root, done, tmp_path):
         ("compare", ["--config", "plan.yaml", "--categories", "[Lungs]"], "BMAD has no category 'Lungs'"),
         ("compare", ["--config", "plan.yaml", "--seeds", "[0, a]"], "seeds.1"),
         ("compare", ["--config", "plan.yaml", "--k_shots", "4,"], "k_shots.1"),
+        ("compare", ["--config", "plan.yaml", "--seeds=-1"], "seeds.0=-1: Input should be greater than or equal to 0"),
         ("compare", ["--config", "plan.yaml", "--workers", "0"], "workers=0 must be at least 1"),
         ("compare", ["--config", "plan.yaml", "--weights", "{Other: null}"], "weights='Other' is unknown; choose one"),
         ("compare", ["--config", "plan.yaml", "--reference", "Other"], "reference='Other' is unknown; choose one of"),

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import PIL
 import pytest
 import torch
 from anomalib.data import AnomalibDataset, PredictDataset
@@ -21,13 +20,12 @@ from torch.utils.data import DataLoader
 from anomalib_mvfa import BMADFewShot, Mvfa, read_image
 from anomalib_mvfa.data.dataset import SampleDataset
 from anomalib_mvfa.data.phantom import write_phantom
-from recipe import images
+from recipe import READS_YCBCR, images
 from scan_recipe import write_rgb_16_bit
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 RED = np.stack([GREY, GREY // 2, np.zeros_like(GREY)], axis=-1)
 RGB_OF_GREY = np.stack([GREY] * 3, axis=-1)
-READS_YCBCR = int(PIL.__version__.split(".")[0]) >= 13  # issue 9770 of Pillow, whose last for Python 3.10 is 12
 BROKEN = r"cannot be read as an image \(.*Restore the file or take it out of the data set"
 HIGH_BIT_DEPTH = r"has more than 8 bits a channel, and only its origin tells which intensity window to show\. Conv"
 PAGES = r"has 2 pages, of which one would be read"

@@ -22,8 +22,9 @@ INTERRUPTED = 128 + signal.SIGINT
 """Exit code after Ctrl-C, as shells have it."""
 
 LISTS = {"categories": str, "k_shots": int, "seeds": int}
-OVERRIDES = {**dict.fromkeys(LISTS, str), "weights": dict[str, str | None], "reference": str, "accelerator": str}
-"""Arguments of a comparison that the command line may give in place of the file."""
+"""Lists of a comparison that the command line may give in place of the file, and the type of their values."""
+OTHERS = {"weights": dict[str, str | None], "reference": str, "accelerator": str}
+"""Other arguments that it may give."""
 
 
 def main(command: str, arguments: Sequence[str]) -> int:
@@ -57,15 +58,17 @@ def main(command: str, arguments: Sequence[str]) -> int:
 
 def _compare(parser: ArgumentParser, arguments: list[str]) -> int:
     parser.add_argument("--config", type=Path, required=True, help="YAML file of a comparison, see configs/compare.")
-    for name, kind in OVERRIDES.items():
-        parser.add_argument(f"--{name}", type=kind, default=None, help="Replaces the file's; commas between several.")
+    for name in LISTS:
+        parser.add_argument(f"--{name}", type=str | None, help="Replaces the file's; commas between several.")
+    for name, kind in OTHERS.items():
+        parser.add_argument(f"--{name}", type=kind, default=None, help="Replaces the value in the file.")
     parser.add_argument("--output", type=Path | None, help="Folder of the results; by default named by the file.")
     parser.add_argument("--workers", type=int | None, help="Jobs at a time; by default one for each GPU.")
     parser.add_argument("--dry_run", action="store_true", help="List the jobs, and which of them have finished.")
     options = parser.parse_args(arguments)
     output = options.output or Path("results/compare", options.config.stem)
-    overrides = {name: options[name] for name in OVERRIDES if options[name] is not None}
-    overrides |= {name: _several(text, LISTS[name]) for name, text in overrides.items() if name in LISTS}
+    given = {name: options[name] for name in (*LISTS, *OTHERS) if options[name] is not None}
+    overrides = {name: _several(value, LISTS[name]) if name in LISTS else value for name, value in given.items()}
     comparison = Comparison.load(options.config, **overrides)
     return _list(jobs_of(comparison), output) if options.dry_run else _run(comparison, output, options.workers)
 
@@ -73,7 +76,7 @@ def _compare(parser: ArgumentParser, arguments: list[str]) -> int:
 def _several(text: str, kind: type) -> list[Any]:
     """Return values with commas between, in brackets or not; what is no number stays, for the error to name."""
     parts = [part.strip(" '\"") for part in text.strip("[] ").split(",")]
-    return [kind(part) if part.isdigit() else part for part in parts]
+    return [kind(part) if part.lstrip("-").isdigit() else part for part in parts]
 
 
 def _report(parser: ArgumentParser, arguments: list[str]) -> int:
