@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from anomalib.engine import Engine
@@ -53,11 +54,21 @@ def streams(model, image):
     return [level[:, 1:].double() for level in model.frozen_tokens(image)]
 
 
+def with_neighbours(stream):
+    """Patches ``(B, P, D)``, and beside each the mean of it and its neighbours, of which there are 3, 5 or 8."""
+    side = int(stream.shape[1] ** 0.5)
+    grid, means = stream.unflatten(1, (side, side)), torch.empty_like(stream)
+    for row, column in np.ndindex(side, side):
+        around = grid[:, max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]
+        means[:, row * side + column] = around.flatten(1, 2).mean(dim=1)
+    return torch.cat([stream, means], dim=-1)
+
+
 def read(model, level, branch, stream):
     """What a branch's adapter of a level makes of a stream."""
     w = by_hand.weights_of(getattr(model, f"{branch}_adapters")[level])
-    hidden = gelu(layer_norm(stream, stream.shape[-1:]) @ w["2.weight"].T + w["2.bias"])
-    return hidden @ w["4.weight"].T
+    hidden = gelu(with_neighbours(layer_norm(stream, stream.shape[-1:])) @ w["3.weight"].T + w["3.bias"])
+    return hidden @ w["5.weight"].T
 
 
 @torch.no_grad()
@@ -73,13 +84,13 @@ def test_scores(make, views, text, map_branch, image_score):
     query, bank = streams(model, IMAGES), streams(model, torch.cat([v.image for v in views(abnormal=False)]))
     root = text.shape[0] ** 0.5
     logits = [read(model, level, map_branch, stream) @ text.double() / root for level, stream in enumerate(query)]
-    zero = sum(by_hand.seg_map(level, SIZE) for level in logits) / 4
+    zero = sum(by_hand.seg_map(level, SIZE) for level in logits) / 3
     few = by_hand.few_map([torch.cat([stream[:, :1], stream], dim=1) for stream in query], bank, SIZE)
     expected = by_hand.fused(zero, few, weights, None)
     assert (found.anomaly_map - expected).abs().max() < 2e-5
     score = expected.flatten(1).topk(round(0.05 * SIZE**2)).values.mean(dim=1)
     if image_score == "det_mean":
-        det = sum(level.softmax(dim=-1)[..., 1].mean(dim=1) for level in logits) / 4
+        det = sum(level.softmax(dim=-1)[..., 1].mean(dim=1) for level in logits) / 3
         score = by_hand.fused(det, few.mean(dim=(1, 2)), weights, None)
     assert (found.pred_score - score).abs().max() < 2e-5
 
@@ -95,7 +106,7 @@ def test_training_runs_the_backbone_once_for_each_view(make, categories, tmp_pat
 
     monkeypatch.setattr(network, "streams", counted)
     fit(model, BMADFewShot(categories, "Brain", k_shot=1, num_workers=0), tmp_path)
-    assert sum(seen) == 22
+    assert sum(seen) == 44
 
 
 def test_only_adapters_learn_and_half_of_what_they_read_is_dropped(make, categories, tmp_path):
@@ -109,7 +120,7 @@ def test_only_adapters_learn_and_half_of_what_they_read_is_dropped(make, categor
     adapter, stream = model.model.seg_adapters[0], torch.ones(1, 4, TINY.config["vision_cfg"]["width"]).cumsum(-1)
     assert torch.equal(adapter.eval()(stream), adapter(stream))
     torch.manual_seed(0)
-    kept = adapter.train()[1](torch.ones(1000))
+    kept = adapter.train()[2](torch.ones(1000))
     assert set(kept.tolist()) == {0.0, 2.0}
     assert abs(kept.mean() - 1) < 0.1
     assert not torch.equal(adapter(stream), adapter(stream))
@@ -150,6 +161,11 @@ def test_resumed_training_drops_what_unbroken_training_does(make, categories, tm
     resumed = fit(make(), data(), tmp_path / "resumed", ckpt_path=first)
     assert resumed.trainer.current_epoch == 2
     assert all(map(torch.equal, unbroken.model.parameters(), resumed.model.parameters()))
+
+
+def test_the_last_three_of_the_published_levels_are_read(make):
+    assert make().model.levels == [2, 3, 4]
+    assert make(levels=[1, 4]).model.levels == [1, 4]
 
 
 def test_a_branch_must_have_weight():

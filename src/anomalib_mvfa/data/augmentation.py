@@ -33,7 +33,16 @@ def view(image: torch.Tensor, index: int) -> torch.Tensor:
         return image
     if index > len(_AFFINE):
         return image.flip(-1 if index == VIEWS - 2 else -2)
-    theta = torch.tensor([_AFFINE[index - 1]], dtype=torch.float32)
-    grid = affine_grid(theta, [1, *image.shape], align_corners=False)
-    moved = grid_sample(image[None].float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    return moved[0]
+    return warp(image, torch.tensor(_AFFINE[index - 1]))
+
+
+def warp(image: torch.Tensor, theta: torch.Tensor, beyond: str = "reflection") -> torch.Tensor:
+    """Move an image or mask ``(C, H, W)``.
+
+    Args:
+        image: Float values; those between pixels are interpolated.
+        theta: Affine map ``(2, 3)`` from places (x, y) in the result to places in the image, both from -1 to 1.
+        beyond: What is beyond the image's edges: "reflection", "border" (the edge goes on) or "zeros".
+    """
+    grid = affine_grid(theta[None], [1, *image.shape], align_corners=False)
+    return grid_sample(image[None].float(), grid, mode="bilinear", padding_mode=beyond, align_corners=False)[0]

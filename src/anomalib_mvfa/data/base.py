@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import Transform
 
 from ..arguments import check_bounds
 from ..contract import ProtocolDefaults, class_name_of_data
-from .dataset import lacks_mask
+from .dataset import SupportViewDataset, lacks_mask
 from .folder import NamedFolder
 from .samplers import eval_loader, train_loader
 from .support import hold_out
@@ -89,8 +89,7 @@ class SplitDataModule(AnomalibDataModule):
     @property
     def train_batch_size(self) -> int:
         """Images in a training batch: as given, else the model's, else `BATCH_SIZE`."""
-        model = getattr(self.trainer, "lightning_module", None)
-        return self._train_batch_size or getattr(model, "BATCH_SIZE", None) or self.BATCH_SIZE
+        return self._train_batch_size or getattr(self._model, "BATCH_SIZE", None) or self.BATCH_SIZE
 
     @train_batch_size.setter
     def train_batch_size(self, value: int | None) -> None:
@@ -110,7 +109,14 @@ class SplitDataModule(AnomalibDataModule):
         """Return a loader of training images, reshuffled every epoch."""
         # The support is small and its views are kept in memory, which workers would not share.
         num_workers = self.num_workers if getattr(self, "support", None) is None else 0
-        return train_loader(self.train_data, self.train_batch_size, self.seed, num_workers)
+        data, views_of = self.train_data, getattr(self._model, "training_views", None)
+        if views_of and isinstance(data, SupportViewDataset):
+            data = views_of(data)
+        return train_loader(data, self.train_batch_size, self.seed, num_workers)
+
+    @property
+    def _model(self) -> Any:  # noqa: ANN401  # any model, None outside of a run
+        return getattr(self.trainer, "lightning_module", None)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Return a loader that shows every validation image once, or none when there is no image."""

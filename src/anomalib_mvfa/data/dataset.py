@@ -155,22 +155,30 @@ def _read_to_predict(dataset: PredictDataset, index: int) -> ImageItem:
 class SupportViewDataset(SampleDataset):
     """All views of the support images, view by view: first every image itself, then every image turned, and so on."""
 
+    VIEWS = VIEWS
+
     def __init__(self, support: SampleDataset) -> None:
         super().__init__(support.samples, support.class_name, support.augmentations, support.reader)
         self._items: dict[tuple[int, Transform | None], ImageItem] = {}
 
     def __len__(self) -> int:
         """Return how many views there are."""
-        return VIEWS * len(self.samples)
+        return self.VIEWS * len(self.samples)
 
     def __getitem__(self, index: int) -> ImageItem:
         """Return an item whose image ``(3, H, W)`` and mask ``(H, W)`` are views."""
-        which, row = divmod(index, len(self.samples))
-        key = row, self.augmentations  # which are applied before the view is taken
+        return self._view(self._read(index % len(self.samples)), index)
+
+    def _read(self, row: int) -> ImageItem:
+        """Return the item of an image, to which augmentations are applied before any view is taken."""
+        key = row, self.augmentations
         item = self._items.get(key) or super().__getitem__(row)
         if self.augmentations is None or isinstance(self.augmentations, Resize):
             self._items[key] = item  # the same in every epoch
-        seen = copy.copy(item)
+        return item
+
+    def _view(self, item: ImageItem, index: int) -> ImageItem:
+        which, seen = index // len(self.samples), copy.copy(item)
         seen.image = view(cast("torch.Tensor", item.image), which)
         if item.gt_mask is not None:
             seen.gt_mask = Mask(view(item.gt_mask[None].float(), which)[0] > 0.5)

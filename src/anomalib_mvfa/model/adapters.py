@@ -1,6 +1,6 @@
 """What is trained: residual adapters at some levels of the frozen image tower (paper, section 3.2).
 
-Axes: B images, L tokens (class token first), D width of the tower, E joint width, l level.
+Axes: B images, L tokens (class token first), P patches, D width of the tower, E joint width, l level.
 """
 
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .anomaly_map import to_grid
 from .linear import Linear
 
 BRANCHES = ("seg", "det")
@@ -46,8 +47,10 @@ class Adapter(Projector):
         return self.fc2(feature)
 
 
-class DeepAdapter(nn.Sequential):
-    """Two layers that read the stream and leave it alone; each token is normalised, and half of it dropped in training.
+class PatchAdapter(nn.Sequential):
+    """Two layers that read patches of the stream, and leave it alone.
+
+    Each patch is normalised, and the mean of it and its eight neighbours joined; half of it all is dropped in training.
 
     Args:
         width: D.
@@ -59,11 +62,22 @@ class DeepAdapter(nn.Sequential):
     def __init__(self, width: int, joint_width: int) -> None:
         super().__init__(
             nn.LayerNorm(width, elementwise_affine=False),
+            _WithNeighbours(),
             nn.Dropout(0.5),
-            Linear(width, self.HIDDEN),
+            Linear(2 * width, self.HIDDEN),
             nn.GELU(),
             Linear(self.HIDDEN, joint_width, bias=False),
         )
+
+
+class _WithNeighbours(nn.AvgPool2d):
+    def __init__(self) -> None:
+        super().__init__(3, stride=1, padding=1, count_include_pad=False)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Join patches ``(B, P, D)`` by the means of 3 x 3 of them: ``(B, P, 2D)``."""
+        around = super().forward(to_grid(patches))
+        return torch.cat([patches, around.flatten(2).transpose(1, 2)], dim=-1)
 
 
 class BranchAdapters(nn.ModuleList):
@@ -73,11 +87,11 @@ class BranchAdapters(nn.ModuleList):
         levels: Number of levels.
         width: D.
         joint_width: E.
-        adaptation: "adapter", "projector", "deep", or "linear": a linear layer with bias.
+        adaptation: "adapter", "projector", "patch", or "linear": a linear layer with bias.
     """
 
     def __init__(self, levels: int, width: int, joint_width: int, adaptation: str = "adapter") -> None:
-        kind = {"adapter": Adapter, "projector": Projector, "deep": DeepAdapter, "linear": Linear}[adaptation]
+        kind = {"adapter": Adapter, "projector": Projector, "patch": PatchAdapter, "linear": Linear}[adaptation]
         super().__init__([kind(width, joint_width) for _ in range(levels)])
 
     @property

@@ -136,6 +136,10 @@ class AdapterTrainingMixin(FusionMixin):
                 parameter.grad = None
         self._saw_masks = False
 
+    def training_views(self, support: SupportViewDataset) -> SupportViewDataset:
+        """Return the views that this model learns from: those of the support, as published."""
+        return support
+
     # ------------------------------------------------------------------ thresholds without validation images
 
     def _calibrate(self) -> None:
@@ -175,7 +179,7 @@ class AdapterTrainingMixin(FusionMixin):
     def _train_anew(self, model: MvfaModel, views: SupportViewDataset) -> None:
         """Train a model on support views as this one was, step by step."""
         datamodule: Any = self.datamodule
-        loader = train_loader(views, datamodule.train_batch_size, datamodule.seed, num_workers=0)
+        loader = train_loader(self.training_views(views), datamodule.train_batch_size, datamodule.seed, num_workers=0)
         optimizer = self._optimizer_of(model)
         schedule = self._schedule_of(optimizer, len(loader))
         numbers = count()

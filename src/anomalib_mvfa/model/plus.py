@@ -12,8 +12,10 @@ from anomalib.visualization import Visualizer
 from torch import nn
 
 from ..arguments import DEFAULT_BACKBONE, DEFAULT_PRETRAINED, check_arguments, documented, optional_text
+from ..data.dataset import SupportViewDataset
+from ..data.random_views import RandomViewDataset
 from .build import check_levels, load_backbone, new_adapters
-from .frozen_stream import PatchBank, StreamReader
+from .frozen_stream import PatchBank, StreamModel
 from .lightning_model import AdapterTrainingMixin
 from .losses import MvfaLoss
 from .state import Settings
@@ -21,21 +23,24 @@ from .text_alignment import full_precision
 from .torch_model import MvfaModel, Tokens
 
 ZERO_SHOT_WEIGHT = 0.75
+LEVELS = 3
+"""Levels by default: the last ones of the published four."""
 PROCESSES = 2**16
 """More than there are processes or seeds."""
 
 
-class MvfaPlusModel(StreamReader):
-    """Two layers ("deep" adapter) per level and branch, from the frozen stream to text features.
+class MvfaPlusModel(StreamModel):
+    """Two layers (adaptation "patch") per level and branch, from the frozen stream to text features.
 
     Logits are products of features and text features, over the root of E: where MVFA's cosines times 100 are all but 0
     and 1, these become only as sure as training makes them.
     """
 
     def _patch_logits(self, tokens: Tokens, branch: str, position: int, text_features: torch.Tensor) -> torch.Tensor:
-        features = self._joint_tokens(tokens, branch, position)[:, 1:]
-        with full_precision(features.device):
-            return features.float() @ text_features.float() / math.sqrt(len(text_features))
+        patches = tokens.of(branch)[position][:, 1:]  # (B, P, D)
+        adapter = (self.seg_adapters if branch == "seg" else self.det_adapters)[position]
+        with full_precision(patches.device):
+            return adapter(patches.float()) @ text_features.float() / math.sqrt(len(text_features))
 
 
 @documented
@@ -49,7 +54,7 @@ class MvfaPlus(AdapterTrainingMixin, AnomalibModule):
     What is None follows the data's protocol; the values in use are logged and saved with checkpoints.
 
     Args:
-        levels: Blocks (from 1) whose output is read; the quarter points by default: 6, 12, 18, 24 for ViT-L.
+        levels: Blocks (from 1) whose output is read; the last three quarter points by default: 12, 18, 24 for ViT-L.
         image_score: "map_max", "map_top", "det_mean" or "det_max"; by default map_top in few-shot on data with masks,
             and det_mean elsewhere.
         zero_shot_weight: Weight of the text branch in scores; by default 0.75, or 0 where there is no abnormal image to
@@ -95,13 +100,17 @@ class MvfaPlus(AdapterTrainingMixin, AnomalibModule):
         check_arguments(locals())
         super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer, threshold)
         network = load_backbone(str(backbone), optional_text(pretrained), image_size, quick_gelu)
-        levels = check_levels(levels, network.depth)
-        seg, det = new_adapters(len(levels), network, "deep", seed)
+        levels = check_levels(levels, network.depth) if levels else check_levels(None, network.depth)[-LEVELS:]
+        seg, det = new_adapters(len(levels), network, "patch", seed)
         model = MvfaPlusModel(network, seg, det, PatchBank(coreset, seed), levels, normalize=normalize)
         asked = Settings(class_name, image_score, zero_shot_weight, few_shot_weight, learning_rate, calibration)
         self._init_state(model, asked, seed, bank_images, max_epochs)
         self.loss = MvfaLoss()
         self.warmup_epochs = warmup_epochs
+
+    def training_views(self, support: SupportViewDataset) -> RandomViewDataset:
+        """Return the views that this model learns from: random ones, into which lesions are pasted."""
+        return RandomViewDataset(support, self.seed)
 
     def _loss_of(self, model: MvfaModel, batch: ImageBatch, number: int) -> torch.Tensor:
         """Return the loss of a batch; what is dropped follows the seed, the batch's number and the process alone."""

@@ -1,0 +1,113 @@
+"""Random views of support images to learn from, into which lesions of other support images are pasted.
+
+Axes: H height, W width.
+"""
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from anomalib import TaskType
+from anomalib.data import ImageItem
+from anomalib.data.utils import LabelName
+from torch.nn.functional import max_pool2d
+from torchvision.transforms.v2 import ColorJitter
+from torchvision.transforms.v2.functional import gaussian_blur, resize
+from torchvision.tv_tensors import Image, Mask
+
+from .augmentation import warp
+from .dataset import SupportViewDataset, lacks_mask
+
+SCALE = 1.6
+"""Images and lesions become up to so many times larger or smaller."""
+SHIFT = 0.1
+"""Share of an image's width and height by which it is shifted at most."""
+PASTED = 0.5
+"""Share of views that get a lesion."""
+DARK = 0.1
+"""Share of an image's highest grey value below which no lesion goes: outside of the body, CT and MRI are black."""
+RING = 7
+"""Pixels around a lesion whose mean colours, here and there, are compared."""
+MATCH = 0.7
+"""How much of their difference is taken from the lesion."""
+
+JITTER = ColorJitter(brightness=0.2, contrast=0.2)
+
+
+class RandomViewDataset(SupportViewDataset):
+    """Random views of support images: turned, scaled, flipped, lighter or darker, and with lesions of each other.
+
+    They come as those of the support do, first every image itself. A view follows the seed and its number alone, so it
+    is the same in every epoch and every process. Where there are masks, half of the views get the lesion of a random
+    support image.
+
+    Args:
+        support: The support, whose items are read.
+        seed: Seed of the views.
+    """
+
+    VIEWS = 22
+
+    def __init__(self, support: SupportViewDataset, seed: int) -> None:
+        super().__init__(support)
+        self.seed = seed
+        with_lesion = (self.samples.label_index == LabelName.ABNORMAL) & ~lacks_mask(self.samples)
+        has_masks = self.task == TaskType.SEGMENTATION
+        self._donors: list[int] = np.flatnonzero(with_lesion).tolist() if has_masks else []
+
+    def _view(self, item: Any, index: int) -> ImageItem:  # noqa: ANN401  # anomalib's items have None in every field
+        if index < len(self.samples):
+            return item
+        seen = copy.copy(item)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(len(self) * self.seed + index)
+            theta = torch.cat([turn(), SHIFT * (4 * torch.rand(2, 1) - 2)], dim=1)
+            seen.image = JITTER(warp(item.image, theta))
+            if item.gt_mask is not None:
+                seen.gt_mask = Mask(warp(item.gt_mask[None], theta)[0] > 0.5)
+                if self._donors and torch.rand(()) < PASTED:
+                    donor: Any = self._read(self._donors[int(torch.randint(len(self._donors), ()))])
+                    seen.image, seen.gt_mask = paste_lesion(seen.image, seen.gt_mask, donor.image, donor.gt_mask)
+                    seen.gt_label = torch.tensor(int(item.gt_label or seen.gt_mask.any()))
+        return seen
+
+
+def turn() -> torch.Tensor:
+    """Return a random matrix ``(2, 2)`` that turns, scales and perhaps mirrors."""
+    angle, scale, mirrored = (torch.rand(3) * 2 - 1).tolist()
+    cos, sin = math.cos(math.pi * angle), math.sin(math.pi * angle)
+    return SCALE**scale * torch.tensor([[cos, -sin], [sin, cos]]) * torch.tensor([math.copysign(1, mirrored), 1.0])
+
+
+def paste_lesion(
+    image: torch.Tensor, mask: torch.Tensor, donor: torch.Tensor, lesion: torch.Tensor
+) -> tuple[torch.Tensor, Mask]:
+    """Put a lesion of another image, turned and scaled, at a random place of an image.
+
+    Args:
+        image: Image ``(3, H, W)`` in [0, 1].
+        mask: What is abnormal in it, bool ``(H, W)``.
+        donor: Image with the lesion; one of another size is resized.
+        lesion: Mask of the lesion, of the donor's size.
+
+    Returns:
+        The new image and its mask.
+    """
+    size = list(image.shape[-2:])
+    donor, lesion = resize(Image(donor), size), resize(Mask(lesion[None]), size).float()
+    if not lesion.any():  # other augmentations have cut it off
+        return image, Mask(mask)
+    grey = image.mean(dim=0)
+    places = torch.nonzero(grey >= DARK * grey.max())
+    to, middle = places[int(torch.randint(len(places), ()))], torch.nonzero(lesion[0]).float().mean(dim=0)
+    to, middle = (((2 * place + 1) / torch.tensor(size) - 1).flip(0) for place in (to, middle))  # as warp counts
+    matrix = turn()
+    theta = torch.cat([matrix, (middle - matrix @ to)[:, None]], dim=1)
+    pasted, covered = warp(donor, theta, "border"), (warp(lesion, theta, "zeros") > 0.5).float()
+    ring = (max_pool2d(covered, 2 * RING + 1, stride=1, padding=RING) > covered)[0]
+    if ring.any():
+        pasted = pasted + MATCH * (image[:, ring].mean(dim=1) - pasted[:, ring].mean(dim=1))[:, None, None]
+    soft = gaussian_blur(covered, [5, 5], [1.5, 1.5])
+    return torch.lerp(image, pasted.clamp(0, 1), soft), Mask(mask | covered[0].bool())
