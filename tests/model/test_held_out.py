@@ -5,7 +5,7 @@ import pytest
 import torch
 from anomalib.engine import Engine
 
-from anomalib_mvfa import BMADFewShot, FewShotFolder, Mvfa
+from anomalib_mvfa import BMADFewShot, FewShotFolder, Mvfa, MvfaPlus
 from anomalib_mvfa.data.dataset import SampleDataset, SupportViewDataset
 from anomalib_mvfa.model import lightning_model
 from anomalib_mvfa.model.held_out import PARTS, split
@@ -34,8 +34,8 @@ def test_there_are_no_parts_where_a_kind_could_not_be_learnt(labels, groups):
 def fit(tiny_config, tmp_path):
     """Return a function that fits a model on data."""
 
-    def run(data, **options):
-        model = Mvfa(str(tiny_config), None, **{**OPTIONS, **options})
+    def run(data, kind=Mvfa, **options):
+        model = kind(str(tiny_config), None, **{**OPTIONS, **options})
         engine = Engine(default_root_dir=tmp_path, accelerator="cpu", devices=1, enable_progress_bar=False)
         engine.fit(model, datamodule=data)
         return model
@@ -55,7 +55,8 @@ def everything(phantom_root):
     return make
 
 
-def test_thresholds_come_from_models_that_have_not_learnt_from_the_image(fit, everything, monkeypatch):
+@pytest.mark.parametrize("kind", [Mvfa, MvfaPlus])
+def test_thresholds_come_from_models_that_have_not_learnt_from_the_image(fit, everything, monkeypatch, kind):
     """The scores of the first part are those of a model that is fitted without it."""
     found = {}
 
@@ -65,7 +66,7 @@ def test_thresholds_come_from_models_that_have_not_learnt_from_the_image(fit, ev
 
     original = lightning_model.held_out_scores
     monkeypatch.setattr(lightning_model, "held_out_scores", watched)
-    falling = {"warmup_epochs": 1, "max_epochs": 2}
+    falling = {"kind": kind, "warmup_epochs": 1, "max_epochs": 2}
     model = fit(everything(), **falling)
     evidence = model.post_processor.evidence
     assert (evidence.images, evidence.learnt, len(evidence.scores)) == ("held-out support", False, 12)

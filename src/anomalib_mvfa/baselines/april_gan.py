@@ -5,6 +5,7 @@ Axes: B images, L tokens (class token first), D width of the image tower, E join
 
 from collections.abc import Sequence
 
+import torch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
@@ -12,16 +13,24 @@ from torch import nn
 
 from ..arguments import DEFAULT_BACKBONE, DEFAULT_PRETRAINED, check_arguments, documented, optional_text
 from ..model.build import check_levels, load_backbone, new_adapters
-from ..model.frozen_stream import PatchBank, StreamReader
+from ..model.frozen_stream import PatchBank, StreamModel
 from ..model.lightning_model import AdapterTrainingMixin
 from ..model.losses import MvfaLoss
 from ..model.state import Settings
+from ..model.text_alignment import patch_logits
+from ..model.torch_model import Tokens
 
 
-class AprilGanModel(StreamReader):
-    """One linear layer ("linear" adapter) per level and branch, from the frozen stream to text features."""
+class AprilGanModel(StreamModel):
+    """One linear layer (adaptation "linear") per level and branch, from the frozen stream to text features."""
 
     bank_of_views = False
+
+    def _patch_logits(self, tokens: Tokens, branch: str, position: int, text_features: torch.Tensor) -> torch.Tensor:
+        x = tokens.of(branch)[position]  # (B, L, D)
+        adapter = (self.seg_adapters if branch == "seg" else self.det_adapters)[position]
+        with torch.autocast(x.device.type, enabled=False):  # as MVFA's adapters
+            return patch_logits(adapter(x), text_features)
 
 
 @documented

@@ -106,7 +106,8 @@ def paste_lesion(
     matrix = turn()
     theta = torch.cat([matrix, (middle - matrix @ to)[:, None]], dim=1)
     pasted, covered = warp(donor, theta, "border"), (warp(lesion, theta, "zeros") > 0.5).float()
-    ring = (max_pool2d(covered, 2 * RING + 1, stride=1, padding=RING) > covered)[0]
+    across = max_pool2d(covered, (1, 2 * RING + 1), stride=1, padding=(0, RING))
+    ring = (max_pool2d(across, (2 * RING + 1, 1), stride=1, padding=(RING, 0)) > covered)[0]
     if ring.any():
         pasted = pasted + MATCH * (image[:, ring].mean(dim=1) - pasted[:, ring].mean(dim=1))[:, None, None]
     soft = gaussian_blur(covered, [5, 5], [1.5, 1.5])

@@ -1,6 +1,6 @@
 """Torch models that leave the stream of the frozen backbone as it is: what they train reads it, and the bank holds it.
 
-Axes: B images, N support views, L tokens (class token first), D width of the image tower, E joint width, l level.
+Axes: B images, N support views, L tokens (class token first), D width of the image tower.
 """
 
 from collections.abc import Iterable
@@ -8,7 +8,6 @@ from collections.abc import Iterable
 import torch
 
 from .memory_bank import MemoryBank
-from .text_alignment import patch_logits
 from .torch_model import MvfaModel, Tokens
 
 
@@ -20,19 +19,6 @@ class StreamModel(MvfaModel):
         del learn_seg
         frozen = [self.backbone.without_registers(level) for level in self.frozen_tokens(image)]
         return Tokens(frozen, frozen)
-
-
-class StreamReader(StreamModel):
-    """A model whose adapters take the stream to the text features, and do nothing else."""
-
-    def _joint_tokens(self, tokens: Tokens, branch: str, position: int) -> torch.Tensor:
-        x = tokens.of(branch)[position]  # (B, L, D)
-        adapter = (self.seg_adapters if branch == "seg" else self.det_adapters)[position]
-        with torch.autocast(x.device.type, enabled=False):  # as MVFA's adapters
-            return adapter(x)  # (B, L, E)
-
-    def _patch_logits(self, tokens: Tokens, branch: str, position: int, text_features: torch.Tensor) -> torch.Tensor:
-        return patch_logits(self._joint_tokens(tokens, branch, position), text_features)
 
 
 class PatchBank(MemoryBank):
