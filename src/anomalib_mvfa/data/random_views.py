@@ -12,6 +12,7 @@ import torch
 from anomalib import TaskType
 from anomalib.data import ImageItem
 from anomalib.data.utils import LabelName
+from scipy.ndimage import label
 from torch.nn.functional import max_pool2d
 from torchvision.transforms.v2 import ColorJitter
 from torchvision.transforms.v2.functional import gaussian_blur, resize
@@ -82,23 +83,25 @@ def turn() -> torch.Tensor:
 
 
 def paste_lesion(
-    image: torch.Tensor, mask: torch.Tensor, donor: torch.Tensor, lesion: torch.Tensor
+    image: torch.Tensor, mask: torch.Tensor, donor: torch.Tensor, lesions: torch.Tensor
 ) -> tuple[torch.Tensor, Mask]:
-    """Put a lesion of another image, turned and scaled, at a random place of an image.
+    """Put one of another image's lesions, turned and scaled, at a random place of an image.
 
     Args:
         image: Image ``(3, H, W)`` in [0, 1].
         mask: What is abnormal in it, bool ``(H, W)``.
-        donor: Image with the lesion; one of another size is resized.
-        lesion: Mask of the lesion, of the donor's size.
+        donor: Image with lesions; one of another size is resized.
+        lesions: Their mask, of the donor's size; those that touch are one.
 
     Returns:
         The new image and its mask.
     """
     size = list(image.shape[-2:])
-    donor, lesion = resize(Image(donor), size), resize(Mask(lesion[None]), size).float()
-    if not lesion.any():  # other augmentations have cut it off
+    donor, lesions = resize(Image(donor), size), resize(Mask(lesions[None]), size)
+    numbers, count = label(lesions[0].numpy())
+    if count == 0:  # other augmentations have cut them off
         return image, Mask(mask)
+    lesion = torch.from_numpy(numbers == 1 + int(torch.randint(count, ())))[None].float()
     grey = image.mean(dim=0)
     places = torch.nonzero(grey >= DARK * grey.max())
     to, middle = places[int(torch.randint(len(places), ()))], torch.nonzero(lesion[0]).float().mean(dim=0)
@@ -110,5 +113,5 @@ def paste_lesion(
     ring = (max_pool2d(across, (2 * RING + 1, 1), stride=1, padding=(RING, 0)) > covered)[0]
     if ring.any():
         pasted = pasted + MATCH * (image[:, ring].mean(dim=1) - pasted[:, ring].mean(dim=1))[:, None, None]
-    soft = gaussian_blur(covered, [5, 5], [1.5, 1.5])
-    return torch.lerp(image, pasted.clamp(0, 1), soft), Mask(mask | covered[0].bool())
+    share = gaussian_blur(covered, [5, 5], [1.5, 1.5])  # a sharp edge could be learnt in place of the lesion
+    return torch.lerp(image, pasted.clamp(0, 1), share), Mask(mask | (share[0] > 0.5))
