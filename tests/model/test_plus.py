@@ -166,6 +166,17 @@ def test_resumed_training_drops_what_unbroken_training_does(make, categories, tm
 def test_the_last_three_of_the_published_levels_are_read(make):
     assert make().model.levels == [2, 3, 4]
     assert make(levels=[1, 4]).model.levels == [1, 4]
+    with pytest.raises(ValueError, match="levels"):
+        make(levels=[])
+
+
+@torch.no_grad()
+def test_half_precision_scores_as_well(make, text):
+    model = make(few_shot_weight=0).model.eval()
+    model.text_features.copy_(text)
+    model.scoring = Scoring("seg", "map_top", Weights(1, 0), normalised=False)
+    expected = model(IMAGES).pred_score
+    assert (model.bfloat16()(IMAGES.bfloat16()).pred_score - expected).abs().max() < 0.02
 
 
 def test_a_branch_must_have_weight():

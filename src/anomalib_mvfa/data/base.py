@@ -107,7 +107,7 @@ class SplitDataModule(AnomalibDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return a loader of training images, reshuffled every epoch."""
-        # The support is small and its views are kept in memory, which workers would not share.
+        # The support is small and its images are kept in memory, which workers would not share.
         num_workers = self.num_workers if getattr(self, "support", None) is None else 0
         data, views_of = self.train_data, getattr(self._model, "training_views", None)
         if views_of and isinstance(data, SupportViewDataset):

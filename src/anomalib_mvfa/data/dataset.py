@@ -166,7 +166,10 @@ class SupportViewDataset(SampleDataset):
         return self.VIEWS * len(self.samples)
 
     def __getitem__(self, index: int) -> ImageItem:
-        """Return an item whose image ``(3, H, W)`` and mask ``(H, W)`` are views."""
+        """Return an item whose image ``(3, H, W)`` and mask ``(H, W)`` are views; IndexError if there is none."""
+        if not 0 <= index < len(self):
+            msg = f"View {index} does not exist; there are {len(self)}, from 0."
+            raise IndexError(msg)
         return self._view(self._read(index % len(self.samples)), index)
 
     def _read(self, row: int) -> ImageItem:

@@ -33,7 +33,7 @@ logger = logging.getLogger("anomalib.mvfa")  # below anomalib's, whose settings 
 
 
 class FewShot(SplitDataModule):
-    """K normal and K abnormal labelled images of a data set (the support), in 11 views, to train on.
+    """K normal and K abnormal labelled images of a data set (the support), in 11 views or the model's own, to train on.
 
     The support is taken out of the source's validation images; test images stay as they are. If the source has no
     validation images of its own, a part of its test images (its ``val_split_ratio``, a half by default) is first held

@@ -1,4 +1,4 @@
-"""Random views of support images to learn from, into which lesions of other support images are pasted.
+"""Random views of support images to learn from, into which lesions of support images are pasted.
 
 Axes: H height, W width.
 """
@@ -25,10 +25,12 @@ SCALE = 1.6
 """Images and lesions become up to so many times larger or smaller."""
 SHIFT = 0.1
 """Share of an image's width and height by which it is shifted at most."""
+TRIES = 10
+"""Draws of how a view is moved, of which the first that keeps a lesion in sight is taken."""
 PASTED = 0.5
 """Share of views that get a lesion."""
 DARK = 0.1
-"""Share of an image's highest grey value below which no lesion goes: outside of the body, CT and MRI are black."""
+"""Share of an image's highest grey value below which no lesion is centred: CT and MRI are black outside of the body."""
 RING = 7
 """Pixels around a lesion whose mean colours, here and there, are compared."""
 MATCH = 0.7
@@ -38,11 +40,11 @@ JITTER = ColorJitter(brightness=0.2, contrast=0.2)
 
 
 class RandomViewDataset(SupportViewDataset):
-    """Random views of support images: turned, scaled, flipped, lighter or darker, and with lesions of each other.
+    """Random views of support images: turned, scaled, flipped, lighter or darker, and with pasted lesions.
 
     They come as those of the support do, first every image itself. A view follows the seed and its number alone, so it
-    is the same in every epoch and every process. Where there are masks, half of the views get the lesion of a random
-    support image.
+    is the same in every process, and in every epoch unless augmentations are random. Of images with a mask, half of the
+    views get a lesion of a random support image, perhaps of the same.
 
     Args:
         support: The support, whose items are read.
@@ -59,20 +61,44 @@ class RandomViewDataset(SupportViewDataset):
         self._donors: list[int] = np.flatnonzero(with_lesion).tolist() if has_masks else []
 
     def _view(self, item: Any, index: int) -> ImageItem:  # noqa: ANN401  # anomalib's items have None in every field
+        seen, number = copy.copy(item), len(self) * self.seed + index
         if index < len(self.samples):
-            return item
-        seen = copy.copy(item)
+            return seen
+        donor = self._donor(number) if item.gt_mask is not None else None  # read before, since reading may draw too
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(len(self) * self.seed + index)
-            theta = torch.cat([turn(), SHIFT * (4 * torch.rand(2, 1) - 2)], dim=1)
+            torch.default_generator.manual_seed(number)  # CUDA's are not touched
+            theta = move(item.gt_mask)
             seen.image = JITTER(warp(item.image, theta))
             if item.gt_mask is not None:
-                seen.gt_mask = Mask(warp(item.gt_mask[None], theta)[0] > 0.5)
-                if self._donors and torch.rand(()) < PASTED:
-                    donor: Any = self._read(self._donors[int(torch.randint(len(self._donors), ()))])
-                    seen.image, seen.gt_mask = paste_lesion(seen.image, seen.gt_mask, donor.image, donor.gt_mask)
-                    seen.gt_label = torch.tensor(int(item.gt_label or seen.gt_mask.any()))
+                seen.gt_mask = moved_mask(item.gt_mask, theta)
+            if donor is not None:
+                seen.image, seen.gt_mask = paste_lesion(seen.image, seen.gt_mask, donor.image, donor.gt_mask)
+                seen.gt_label = torch.tensor(int(item.gt_label or seen.gt_mask.any()))
         return seen
+
+    def _donor(self, number: int) -> Any:  # noqa: ANN401  # an item, as above
+        """Return the support image whose lesion a view gets, None for half of the views and where there is none."""
+        generator = torch.Generator().manual_seed(-1 - number)
+        if not self._donors or torch.rand((), generator=generator) >= PASTED:
+            return None
+        return self._read(self._donors[int(torch.randint(len(self._donors), (), generator=generator))])
+
+
+def move(mask: torch.Tensor | None) -> torch.Tensor:
+    """Return a random map ``(2, 3)`` for :func:`~anomalib_mvfa.data.augmentation.warp`.
+
+    What a mask ``(H, W)`` marks stays in sight, at least in part: after several tries, nothing is moved.
+    """
+    for _ in range(TRIES):
+        theta = torch.cat([turn(), SHIFT * (4 * torch.rand(2, 1) - 2)], dim=1)
+        if mask is None or not mask.any() or moved_mask(mask, theta).any():
+            return theta
+    return torch.eye(2, 3)
+
+
+def moved_mask(mask: torch.Tensor, theta: torch.Tensor) -> Mask:
+    """Return a mask ``(H, W)`` after such a map."""
+    return Mask(warp(mask[None], theta)[0] > 0.5)
 
 
 def turn() -> torch.Tensor:
@@ -85,7 +111,7 @@ def turn() -> torch.Tensor:
 def paste_lesion(
     image: torch.Tensor, mask: torch.Tensor, donor: torch.Tensor, lesions: torch.Tensor
 ) -> tuple[torch.Tensor, Mask]:
-    """Put one of another image's lesions, turned and scaled, at a random place of an image.
+    """Put one of another image's lesions, turned and scaled, with its centre at a random place of an image.
 
     Args:
         image: Image ``(3, H, W)`` in [0, 1].
@@ -98,7 +124,7 @@ def paste_lesion(
     """
     size = list(image.shape[-2:])
     donor, lesions = resize(Image(donor), size), resize(Mask(lesions[None]), size)
-    numbers, count = label(lesions[0].numpy())
+    numbers, count = label(lesions[0].numpy(), np.ones((3, 3)))
     if count == 0:  # other augmentations have cut them off
         return image, Mask(mask)
     lesion = torch.from_numpy(numbers == 1 + int(torch.randint(count, ())))[None].float()
@@ -113,5 +139,5 @@ def paste_lesion(
     ring = (max_pool2d(across, (2 * RING + 1, 1), stride=1, padding=(RING, 0)) > covered)[0]
     if ring.any():
         pasted = pasted + MATCH * (image[:, ring].mean(dim=1) - pasted[:, ring].mean(dim=1))[:, None, None]
-    share = gaussian_blur(covered, [5, 5], [1.5, 1.5])  # a sharp edge could be learnt in place of the lesion
-    return torch.lerp(image, pasted.clamp(0, 1), share), Mask(mask | (share[0] > 0.5))
+    share = torch.maximum(covered, gaussian_blur(covered, [5, 5], [1.5, 1.5]))  # the edge fades outwards
+    return torch.lerp(image, pasted.clamp(0, 1), share), Mask(mask | covered[0].bool())

@@ -179,7 +179,10 @@ class AdapterTrainingMixin(FusionMixin):
     def _train_anew(self, model: MvfaModel, views: SupportViewDataset) -> None:
         """Train a model on support views as this one was, step by step."""
         datamodule: Any = self.datamodule
-        loader = train_loader(self.training_views(views), datamodule.train_batch_size, datamodule.seed, num_workers=0)
+        own = self.training_views(views)
+        if own is not views and model.cache is not None:
+            model.cache.clear()  # it is full of views that do not come again
+        loader = train_loader(own, datamodule.train_batch_size, datamodule.seed, num_workers=0)
         optimizer = self._optimizer_of(model)
         schedule = self._schedule_of(optimizer, len(loader))
         numbers = count()

@@ -40,7 +40,8 @@ class MvfaPlusModel(StreamModel):
         patches = tokens.of(branch)[position][:, 1:]  # (B, P, D)
         adapter = (self.seg_adapters if branch == "seg" else self.det_adapters)[position]
         with full_precision(patches.device):
-            return adapter(patches.float()) @ text_features.float() / math.sqrt(len(text_features))
+            features = adapter(patches.to(next(adapter.parameters()).dtype))  # (B, P, E)
+            return features.float() @ text_features.float() / math.sqrt(len(text_features))
 
 
 @documented
@@ -102,7 +103,7 @@ class MvfaPlus(AdapterTrainingMixin, AnomalibModule):
         check_arguments(locals())
         super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer, threshold)
         network = load_backbone(str(backbone), optional_text(pretrained), image_size, quick_gelu)
-        levels = check_levels(levels, network.depth) if levels else check_levels(None, network.depth)[-LEVELS:]
+        levels = check_levels(levels, network.depth)[-LEVELS if levels is None else 0 :]
         seg, det = new_adapters(len(levels), network, "patch", seed)
         model = MvfaPlusModel(network, seg, det, PatchBank(coreset, seed), levels, normalize=normalize)
         asked = Settings(class_name, image_score, zero_shot_weight, few_shot_weight, learning_rate, calibration)
