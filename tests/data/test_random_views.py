@@ -24,7 +24,7 @@ BRIGHT, DULL = 230, 90
 def table(tmp_path):
     """Build the samples of a normal and an abnormal grey image, whose lesion is a brighter square."""
 
-    def build(task="segmentation", mask=True):
+    def build(mask=True):
         rows = []
         for label in (0, 1):
             pixels = np.full((SIDE, SIDE), DULL, np.uint8)
@@ -33,12 +33,11 @@ def table(tmp_path):
                 pixels[8:16, 10:18], marked[8:16, 10:18] = BRIGHT, 255
             for name, content in (("image", pixels), ("mask", marked)):
                 Image.fromarray(content).save(tmp_path / f"{name}{label}.png")
-            with_mask = label and mask and task == "segmentation"
             paths = {"image_path": str(tmp_path / f"image{label}.png")}
-            paths["mask_path"] = str(tmp_path / f"mask{label}.png") if with_mask else ""
+            paths["mask_path"] = str(tmp_path / f"mask{label}.png") if label and mask else ""
             rows.append({**paths, "label_index": label, "split": "train"})
         frame = pd.DataFrame(rows)
-        frame.attrs["task"] = task
+        frame.attrs["task"] = "segmentation"
         return frame
 
     return build
@@ -82,14 +81,13 @@ def test_masks_mark_the_lesions_of_views_and_labels_say_so(table):
     assert 5 <= pasted <= 16  # of 21 views of a normal image
 
 
-@pytest.mark.parametrize(("task", "mask"), [("classification", False), ("segmentation", False)])
-def test_without_masks_nothing_is_pasted(table, task, mask, monkeypatch):
+def test_an_image_that_lacks_its_mask_neither_gets_nor_gives_a_lesion(table, monkeypatch):
     monkeypatch.setattr(random_views, "paste_lesion", None)
-    views = views_of(table(task, mask))
+    views = views_of(table(mask=False))
     for index in range(len(views)):
         item = views[index]
         assert item.gt_label == index % 2
-        assert (item.gt_mask is None) == (task == "classification" or index % 2 == 1)
+        assert (item.gt_mask is None) == (index % 2 == 1)
 
 
 def test_a_lesion_in_a_corner_stays_in_sight():

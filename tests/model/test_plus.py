@@ -11,6 +11,7 @@ from torch.nn.functional import gelu, layer_norm
 
 import by_hand
 from anomalib_mvfa import BMADFewShot, BMADLeaveOneOut, MvfaPlus
+from anomalib_mvfa.data.random_views import RandomViewDataset
 from anomalib_mvfa.model.calibration import fill_bank
 from anomalib_mvfa.model.fusion import Weights
 from anomalib_mvfa.model.torch_model import Scoring
@@ -107,6 +108,14 @@ def test_training_runs_the_backbone_once_for_each_view(make, categories, tmp_pat
     monkeypatch.setattr(network, "streams", counted)
     fit(model, BMADFewShot(categories, "Brain", k_shot=1, num_workers=0), tmp_path)
     assert sum(seen) == 44
+
+
+def test_views_are_random_where_masks_say_what_they_show(make, categories):
+    brain, chest = (BMADFewShot(categories, name, k_shot=1) for name in ("Brain", "Chest"))
+    for data in (brain, chest):
+        data.setup()
+    assert type(make().training_views(brain.support)) is RandomViewDataset
+    assert make().training_views(chest.support) is chest.support
 
 
 def test_only_adapters_learn_and_half_of_what_they_read_is_dropped(make, categories, tmp_path):

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from anomalib import TaskType
 from anomalib.data import ImageItem
 from anomalib.data.utils import LabelName
 from scipy.ndimage import label
@@ -47,7 +46,7 @@ class RandomViewDataset(SupportViewDataset):
     views get a lesion of a random support image, perhaps of the same.
 
     Args:
-        support: The support, whose items are read.
+        support: The support, whose items are read; of images with masks.
         seed: Seed of the views.
     """
 
@@ -57,8 +56,7 @@ class RandomViewDataset(SupportViewDataset):
         super().__init__(support)
         self.seed = seed
         with_lesion = (self.samples.label_index == LabelName.ABNORMAL) & ~lacks_mask(self.samples)
-        has_masks = self.task == TaskType.SEGMENTATION
-        self._donors: list[int] = np.flatnonzero(with_lesion).tolist() if has_masks else []
+        self._donors: list[int] = np.flatnonzero(with_lesion).tolist()
 
     def _view(self, item: Any, index: int) -> ImageItem:  # noqa: ANN401  # anomalib's items have None in every field
         seen, number = copy.copy(item), len(self) * self.seed + index

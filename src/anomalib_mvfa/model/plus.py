@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from anomalib import TaskType
 from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
@@ -49,9 +50,9 @@ class MvfaPlus(AdapterTrainingMixin, AnomalibModule):
     """MVFA without feedback: what learns reads the frozen features, and the memory bank holds them as they are.
 
     It is no method of the paper. Losses, prompts and the bank's views are those of
-    :class:`~anomalib_mvfa.model.lightning_model.Mvfa`. Other than there, few-shot training sees
-    :class:`random views <anomalib_mvfa.data.random_views.RandomViewDataset>`, into which lesions are pasted. Adapters
-    are two layers behind a normalisation, read each patch beside the mean of its neighbourhood, and do not change the
+    :class:`~anomalib_mvfa.model.lightning_model.Mvfa`. Other than there, few-shot training with
+    masks sees :class:`random views <anomalib_mvfa.data.random_views.RandomViewDataset>`, into which lesions are pasted.
+    Adapters are two layers behind a normalisation, read each patch beside the mean of its neighbourhood, and do not change the
     stream, so that the backbone sees an image once; they learn in batches of 8, at a rate that rises and falls. The
     text branch has weight 0.75, the bank 0.25; the image score is the mean of the map's top 5 %. What is None follows
     the data's protocol; the values in use are logged and saved with checkpoints.
@@ -111,9 +112,9 @@ class MvfaPlus(AdapterTrainingMixin, AnomalibModule):
         self.loss = MvfaLoss()
         self.warmup_epochs = warmup_epochs
 
-    def training_views(self, support: SupportViewDataset) -> RandomViewDataset:
-        """Return the views that this model learns from: random ones, into which lesions are pasted."""
-        return RandomViewDataset(support, self.seed)
+    def training_views(self, support: SupportViewDataset) -> SupportViewDataset:
+        """Return the views that this model learns from: random ones, where masks say whether they show a lesion."""
+        return RandomViewDataset(support, self.seed) if support.task == TaskType.SEGMENTATION else support
 
     def _loss_of(self, model: MvfaModel, batch: ImageBatch, number: int) -> torch.Tensor:
         """Return the loss of a batch; what is dropped follows the seed, the batch's number and the process alone."""
