@@ -50,12 +50,12 @@ class MvfaPlus(AdapterTrainingMixin, AnomalibModule):
     """MVFA without feedback: what learns reads the frozen features, and the memory bank holds them as they are.
 
     It is no method of the paper. Losses, prompts and the bank's views are those of
-    :class:`~anomalib_mvfa.model.lightning_model.Mvfa`. Other than there, few-shot training with
-    masks sees :class:`random views <anomalib_mvfa.data.random_views.RandomViewDataset>`, into which lesions are pasted.
-    Adapters are two layers behind a normalisation, read each patch beside the mean of its neighbourhood, and do not change the
-    stream, so that the backbone sees an image once; they learn in batches of 8, at a rate that rises and falls. The
-    text branch has weight 0.75, the bank 0.25; the image score is the mean of the map's top 5 %. What is None follows
-    the data's protocol; the values in use are logged and saved with checkpoints.
+    :class:`~anomalib_mvfa.model.lightning_model.Mvfa`. Other than there, few-shot training with masks sees
+    :class:`random views <anomalib_mvfa.data.random_views.RandomViewDataset>`, into which lesions are pasted. Adapters
+    are two layers behind a normalisation, read each patch beside the mean of its neighbourhood, and do not change the
+    stream, so that the backbone sees a view once; they learn in batches of 8, at a rate that rises and falls. The text
+    branch has weight 0.75, the bank 0.25; the image score is the mean of the map's top 5 %. What is None follows the
+    data's protocol; the values in use are logged and saved with checkpoints.
 
     Args:
         levels: Blocks (from 1) whose output is read; the last three quarter points by default: 12, 18, 24 for ViT-L.
