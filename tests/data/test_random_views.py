@@ -137,7 +137,7 @@ def test_a_lesion_goes_where_the_image_is_not_black_and_takes_on_its_colour():
     tissue = image[0] > 0
     for _ in range(20):
         new, mask = paste_lesion(image, torch.zeros(SIDE, SIDE, dtype=torch.bool), donor, lesion)
-        assert mask.sum() == 81
+        assert 73 <= mask.sum() <= 81  # without its corners
         middle = torch.nonzero(mask).float().mean(dim=0).long()
         assert tissue[tuple(middle)]
         far = torch.nn.functional.max_pool2d(mask[None].float(), 7, 1, 3)[0] == 0
@@ -156,8 +156,19 @@ def test_one_lesion_of_several_is_pasted():
     lesions[1:6, 1:6] = lesions[16:25, 16:25] = 1
     torch.manual_seed(0)
     areas = {int(paste_lesion(image, mask, donor, lesions)[1].sum()) for _ in range(30)}
-    assert {25, 81} <= areas
-    assert max(areas) == 81
+    assert any(17 <= area <= 25 for area in areas)
+    assert 73 <= max(areas) <= 90  # and not 106, those of both
+
+
+@pytest.mark.usefixtures("unturned")
+def test_what_is_to_be_seen_of_a_small_lesion_is_marked():
+    image, donor, lesions = torch.full((3, SIDE, SIDE), 0.4), torch.full((3, SIDE, SIDE), 0.4), torch.zeros(SIDE, SIDE)
+    donor[:, 10, 10], lesions[10, 10] = 1, 1
+    for seed in range(20):
+        torch.manual_seed(seed)
+        new, mask = paste_lesion(image, torch.zeros(SIDE, SIDE, dtype=torch.bool), donor, lesions)
+        changed = (new - image).abs().amax(dim=0)
+        assert changed[mask].max() == changed.max() > 0.3
 
 
 @pytest.mark.usefixtures("unturned")

@@ -137,5 +137,6 @@ def paste_lesion(
     ring = (max_pool2d(across, (2 * RING + 1, 1), stride=1, padding=(RING, 0)) > covered)[0]
     if ring.any():
         pasted = pasted + MATCH * (image[:, ring].mean(dim=1) - pasted[:, ring].mean(dim=1))[:, None, None]
-    share = torch.maximum(covered, gaussian_blur(covered, [5, 5], [1.5, 1.5]))  # the edge fades outwards
-    return torch.lerp(image, pasted.clamp(0, 1), share), Mask(mask | covered[0].bool())
+    share = gaussian_blur(covered, [5, 5], [1.5, 1.5])  # a sharp edge could be learnt in place of the lesion
+    share = share / share.amax().clamp(min=1e-6)  # small lesions are as visible as large ones
+    return torch.lerp(image, pasted.clamp(0, 1), share), Mask(mask | (share[0] > 0.5))
