@@ -76,6 +76,8 @@ def small_comparison(path: Path) -> dict[str, Any]:
     for method in config["methods"].values():
         arguments = {**method["model"].get("init_args", {}), **SMALL[method["model"]["class_path"]]}
         method["model"]["init_args"] = arguments
+        if "levels" in arguments:
+            arguments["levels"] = [*range(1, 1 + len(arguments["levels"]))]
         for name in {"train_levels", "score_levels"} & set(arguments):
             arguments[name] = [BLOCKS[block] for block in arguments[name]]
         if method["protocol"] == "few_shot":
