@@ -28,9 +28,8 @@ class AprilGanModel(StreamModel):
 
     def _patch_logits(self, tokens: Tokens, branch: str, position: int, text_features: torch.Tensor) -> torch.Tensor:
         x = tokens.of(branch)[position]  # (B, L, D)
-        adapter = (self.seg_adapters if branch == "seg" else self.det_adapters)[position]
         with torch.autocast(x.device.type, enabled=False):  # as MVFA's adapters
-            return patch_logits(adapter(x), text_features)
+            return patch_logits(self.adapter(branch, position)(x), text_features)
 
 
 @documented

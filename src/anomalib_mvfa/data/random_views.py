@@ -65,10 +65,8 @@ class RandomViewDataset(SupportViewDataset):
         donor = self._donor(number) if item.gt_mask is not None else None  # read before, since reading may draw too
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(number)  # CUDA's are not touched
-            theta = move(item.gt_mask)
+            theta, seen.gt_mask = move(item.gt_mask)
             seen.image = JITTER(warp(item.image, theta))
-            if item.gt_mask is not None:
-                seen.gt_mask = moved_mask(item.gt_mask, theta)
             if donor is not None:
                 seen.image, seen.gt_mask = paste_lesion(seen.image, seen.gt_mask, donor.image, donor.gt_mask)
                 seen.gt_label = torch.tensor(int(item.gt_label or seen.gt_mask.any()))
@@ -82,21 +80,19 @@ class RandomViewDataset(SupportViewDataset):
         return self._read(self._donors[int(torch.randint(len(self._donors), (), generator=generator))])
 
 
-def move(mask: torch.Tensor | None) -> torch.Tensor:
-    """Return a random map ``(2, 3)`` for :func:`~anomalib_mvfa.data.augmentation.warp`.
+def move(mask: torch.Tensor | None) -> tuple[torch.Tensor, Mask | None]:
+    """Return a random map ``(2, 3)`` for :func:`~anomalib_mvfa.data.augmentation.warp`, and a mask ``(H, W)`` after it.
 
-    What a mask ``(H, W)`` marks stays in sight, at least in part: after several tries, nothing is moved.
+    What the mask marks stays in sight, at least in part: after several tries, nothing is moved.
     """
     for _ in range(TRIES):
         theta = torch.cat([turn(), SHIFT * (4 * torch.rand(2, 1) - 2)], dim=1)
-        if mask is None or not mask.any() or moved_mask(mask, theta).any():
-            return theta
-    return torch.eye(2, 3)
-
-
-def moved_mask(mask: torch.Tensor, theta: torch.Tensor) -> Mask:
-    """Return a mask ``(H, W)`` after such a map."""
-    return Mask(warp(mask[None], theta)[0] > 0.5)
+        if mask is None:
+            return theta, None
+        moved = Mask(warp(mask[None], theta)[0] > 0.5)
+        if moved.any() or not mask.any():
+            return theta, moved
+    return torch.eye(2, 3), Mask(mask)
 
 
 def turn() -> torch.Tensor:

@@ -90,10 +90,10 @@ def new_adapters(levels: int, backbone: BlockNetwork, adaptation: str, seed: int
         return [BranchAdapters(levels, backbone.width, backbone.joint_width, adaptation) for _ in BRANCHES]
 
 
-def check_levels(levels: Sequence[int] | None, depth: int) -> list[int]:
-    """Return levels as a plain list, the quarter points of the depth by default; ValueError for other than blocks."""
+def check_levels(levels: Sequence[int] | None, depth: int, quarters: Sequence[int] = (1, 2, 3, 4)) -> list[int]:
+    """Return levels as a plain list, by default the ends of quarters of the depth; ValueError for other than blocks."""
     if levels is None:
-        return sorted({max(1, round(depth * quarter / 4)) for quarter in (1, 2, 3, 4)})
+        return sorted({max(1, round(depth * quarter / 4)) for quarter in quarters})
     checked = [int(level) for level in levels]
     if not checked or checked != sorted(set(checked)) or checked[0] < 1 or checked[-1] > depth:
         msg = f"levels={checked} must be increasing block numbers between 1 and {depth}, the backbone's depth."

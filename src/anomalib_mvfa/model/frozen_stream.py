@@ -6,6 +6,7 @@ Axes: B images, N support views, L tokens (class token first), D width of the im
 from collections.abc import Iterable
 
 import torch
+from torch import nn
 
 from .memory_bank import MemoryBank
 from .torch_model import MvfaModel, Tokens
@@ -19,6 +20,10 @@ class StreamModel(MvfaModel):
         del learn_seg
         frozen = [self.backbone.without_registers(level) for level in self.frozen_tokens(image)]
         return Tokens(frozen, frozen)
+
+    def adapter(self, branch: str, position: int) -> nn.Module:
+        """Return a branch's adapter of the level at a position."""
+        return (self.seg_adapters if branch == "seg" else self.det_adapters)[position]
 
 
 class PatchBank(MemoryBank):

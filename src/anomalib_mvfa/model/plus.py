@@ -24,8 +24,8 @@ from .text_alignment import full_precision
 from .torch_model import MvfaModel, Tokens
 
 ZERO_SHOT_WEIGHT = 0.75
-LEVELS = 3
-"""Levels by default: the last ones of the published four."""
+QUARTERS = (2, 3, 4)
+"""Quarters of the depth at whose ends the levels are by default: the last ones of the published four."""
 PROCESSES = 2**16
 """More than there are processes or seeds."""
 
@@ -39,7 +39,7 @@ class MvfaPlusModel(StreamModel):
 
     def _patch_logits(self, tokens: Tokens, branch: str, position: int, text_features: torch.Tensor) -> torch.Tensor:
         patches = tokens.of(branch)[position][:, 1:]  # (B, P, D)
-        adapter = (self.seg_adapters if branch == "seg" else self.det_adapters)[position]
+        adapter = self.adapter(branch, position)
         with full_precision(patches.device):
             features = adapter(patches.to(next(adapter.parameters()).dtype))  # (B, P, E)
             return features.float() @ text_features.float() / math.sqrt(len(text_features))
@@ -104,7 +104,7 @@ class MvfaPlus(AdapterTrainingMixin, AnomalibModule):
         check_arguments(locals())
         super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer, threshold)
         network = load_backbone(str(backbone), optional_text(pretrained), image_size, quick_gelu)
-        levels = check_levels(levels, network.depth)[-LEVELS if levels is None else 0 :]
+        levels = check_levels(levels, network.depth, QUARTERS)
         seg, det = new_adapters(len(levels), network, "patch", seed)
         model = MvfaPlusModel(network, seg, det, PatchBank(coreset, seed), levels, normalize=normalize)
         asked = Settings(class_name, image_score, zero_shot_weight, few_shot_weight, learning_rate, calibration)
